@@ -1,0 +1,264 @@
+//! The `udp` backend: a TUN device, UDP sockets, and the engine between them.
+//!
+//! Compatible with the original's on the wire: the datagram's payload is the IP packet, sent from the external address and
+//! the configured port to the peer's PublicIP and the same port.
+
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr, UdpSocket},
+    num::NonZeroUsize,
+    thread,
+};
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use tokio::sync::mpsc::UnboundedSender;
+use tracing::{info, warn};
+
+use crate::{
+    engine::{Engine, IcmpSource, Parts},
+    kernel::{Kernel, external::External},
+    lease::{record::Lease, watch::PeerSet},
+    network::{BackendKind, Network},
+    route_table::{Peer, RouteTable, Routes},
+    sys::{
+        tun::{self, Tun},
+        udp,
+    },
+};
+
+use super::{Backend, Error};
+
+/// The kernel puts the first free number in.
+const DEVICE: &str = "flannel%d";
+
+/// Outer IPv4 header without options (20 bytes) and UDP header (8).
+const OVERHEAD: u32 = 28;
+
+/// The least MTU of an IPv4 link (RFC 791).
+const LEAST_MTU: u32 = 68;
+
+/// Packets that may wait for a worker. The kernel's 500 for TUN devices is less than what one TCP stream sends in the time
+/// that a worker is off its processor; 1,000 is what Ethernet devices have.
+const DEVICE_QUEUE: u32 = 1_000;
+
+/// More workers than this by default would only wait for each other; `--workers` goes further.
+const MOST_DEFAULT_WORKERS: usize = 16;
+
+/// How the TUN device is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TunMode {
+    /// A queue for each worker; plain where the kernel has no multi-queue.
+    #[default]
+    Auto,
+    /// One queue, through the `tun-tap` crate.
+    Plain,
+}
+
+/// What the user chose.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Options {
+    /// Number of workers; from the processors by default.
+    pub workers: Option<NonZeroUsize>,
+    /// How the TUN device is opened.
+    pub tun: TunMode,
+}
+
+/// The `udp` backend.
+pub struct Udp {
+    external: External,
+    port: u16,
+    tun: TunMode,
+    workers: usize,
+    mtu: u32,
+    routes: Routes,
+    failures: UnboundedSender<String>,
+    /// Until the engine takes them.
+    sockets: Vec<UdpSocket>,
+    engine: Option<Engine>,
+}
+
+impl Udp {
+    /// Takes the tunnel's port on the external address. Workers that cannot go on say why through `failures`.
+    ///
+    /// # Errors
+    /// When the port is in use, or the external MTU is too small.
+    pub fn new(
+        external: &External,
+        port: u16,
+        options: Options,
+        failures: UnboundedSender<String>,
+    ) -> Result<Self, Error> {
+        let too_small = || Error::Mtu {
+            interface: external.name.clone(),
+            mtu: external.mtu,
+            least: LEAST_MTU + OVERHEAD,
+        };
+        let mtu = external
+            .mtu
+            .checked_sub(OVERHEAD)
+            .filter(|mtu| *mtu >= LEAST_MTU)
+            .ok_or_else(too_small)?;
+        let workers = match (options.tun, options.workers) {
+            (TunMode::Plain, _) => 1,
+            (TunMode::Auto, Some(chosen)) => chosen.get(),
+            (TunMode::Auto, None) => thread::available_parallelism()
+                .map_or(1, NonZeroUsize::get)
+                .min(MOST_DEFAULT_WORKERS),
+        };
+        let address = SocketAddr::new(external.address.into(), port);
+        let sockets = udp::bind_group(address, workers).map_err(|source| Error::Bind {
+            address,
+            hint: match source.kind() {
+                io::ErrorKind::AddrInUse => {
+                    "another process has the port, perhaps another flanneld; stop it, or give this network another Backend.Port"
+                }
+                io::ErrorKind::AddrNotAvailable => "this host does not have the address any more",
+                _ => "the system refuses",
+            },
+            source,
+        })?;
+        Ok(Self {
+            external: external.clone(),
+            port,
+            tun: options.tun,
+            workers,
+            mtu,
+            routes: Routes::default(),
+            failures,
+            sockets,
+            engine: None,
+        })
+    }
+
+    /// Opens the TUN device, by the plain path where the fast one is refused.
+    fn open_device(&mut self) -> Result<Tun, Error> {
+        let opened = match self.tun {
+            TunMode::Plain => tun::open_plain(DEVICE),
+            TunMode::Auto => tun::open_multi_queue(DEVICE, self.workers).or_else(|error| {
+                if error.raw_os_error() != Some(libc::EINVAL) {
+                    return Err(error);
+                }
+                warn!("the kernel refuses a TUN device with several queues ({error}): using one queue and one worker");
+                self.workers = 1;
+                self.sockets.truncate(1);
+                tun::open_plain(DEVICE)
+            }),
+        };
+        opened.map_err(|source| Error::Tun {
+            pattern: DEVICE,
+            hint: match source.raw_os_error() {
+                Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
+                    "there is no TUN driver here: run `modprobe tun`, or give the container /dev/net/tun"
+                }
+                Some(libc::EPERM | libc::EACCES) => "run as root, or with CAP_NET_ADMIN",
+                _ => "the system refuses",
+            },
+            source,
+        })
+    }
+}
+
+impl Backend for Udp {
+    fn kind(&self) -> BackendKind {
+        BackendKind::Udp
+    }
+
+    fn mtu(&self) -> u32 {
+        self.mtu
+    }
+
+    fn start(&mut self, network: &Network, own: &Lease) -> Result<(), Error> {
+        let device = self.open_device()?;
+        configure(&mut Kernel::open()?, &device.name, self.mtu, network, own)?;
+        let failures = self.failures.clone();
+        let parts = Parts {
+            queues: device.queues,
+            sockets: std::mem::take(&mut self.sockets),
+            routes: self.routes.clone(),
+            icmp_source: icmp_source(own),
+        };
+        // Nobody listens any more when the daemon is ending.
+        let engine = Engine::start(parts, move |reason| drop(failures.send(reason))).map_err(Error::Engine)?;
+        info!(
+            "{} is up: address {}, MTU {}, {} worker{}, UDP {}:{} on {}",
+            device.name,
+            own.subnets.v4().addr(),
+            self.mtu,
+            self.workers,
+            if self.workers == 1 { "" } else { "s" },
+            self.external.address,
+            self.port,
+            self.external.name,
+        );
+        self.engine = Some(engine);
+        Ok(())
+    }
+
+    fn apply(&mut self, peers: &PeerSet) -> Result<(), Error> {
+        let routes = peers.values().flat_map(|lease| {
+            let peer = Peer {
+                addr: SocketAddr::new(lease.value.public_ip.into(), self.port),
+            };
+            nets(lease).map(move |net| (net, peer))
+        });
+        self.routes.publish(RouteTable::new(routes));
+        Ok(())
+    }
+}
+
+/// The subnets of a lease, of both families.
+fn nets(lease: &Lease) -> impl Iterator<Item = IpNet> + use<> {
+    std::iter::once(IpNet::V4(lease.subnets.v4())).chain(lease.subnets.v6().map(IpNet::V6))
+}
+
+/// Gives the device its addresses, brings it up and routes the overlay into it.
+fn configure(kernel: &mut Kernel, name: &str, mtu: u32, network: &Network, own: &Lease) -> Result<(), Error> {
+    let links = kernel.links()?;
+    let name_of = |index| {
+        links
+            .iter()
+            .find(|link| link.index == index)
+            .map_or("?", |link| link.name.as_str())
+    };
+    let index = links
+        .iter()
+        .find(|link| link.name == name)
+        .map(|link| link.index)
+        .ok_or_else(|| Error::Tun {
+            pattern: DEVICE,
+            hint: "it was removed in the moment in which it was made",
+            source: io::ErrorKind::NotFound.into(),
+        })?;
+    kernel.bring_up(index, mtu, DEVICE_QUEUE)?;
+    for net in nets(own) {
+        // The subnet's own address, alone: the rest of the subnet is the containers'.
+        kernel.add_address(index, IpNet::from(net.network()))?;
+    }
+    let v4 = network.ipv4().map(|plan| IpNet::V4(plan.network()));
+    let v6 = network.ipv6().map(|plan| IpNet::V6(plan.network()));
+    for overlay in v4.into_iter().chain(v6) {
+        kernel.add_route(overlay, index).or_else(|error| {
+            if error.io().raw_os_error() != Some(libc::EEXIST) {
+                return Err(error.into());
+            }
+            let other = kernel.link_of_route(overlay)?.map_or("?", name_of);
+            Err(Error::RouteTaken {
+                network: overlay,
+                device: name.to_owned(),
+                other: other.to_owned(),
+            })
+        })?;
+    }
+    Ok(())
+}
+
+/// Errors come from the subnet's first host address, which is the containers' gateway. The device's own, the subnet's lowest,
+/// is a broadcast address to the containers' kernels before Linux 5.14, which drop packets from it.
+fn icmp_source(own: &Lease) -> IcmpSource {
+    let first_v4 = |net: Ipv4Net| Ipv4Addr::from(u32::from(net.network()) | 1);
+    let first_v6 = |net: Ipv6Net| (u128::from(net.network()) | 1).into();
+    IcmpSource {
+        v4: first_v4(own.subnets.v4()),
+        v6: own.subnets.v6().map(first_v6),
+    }
+}

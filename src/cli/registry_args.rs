@@ -1,0 +1,143 @@
+//! Which registry, and how to get in.
+
+use std::{fmt, path::PathBuf, sync::Arc};
+
+use clap::{ArgMatches, Args, parser::ValueSource};
+
+use crate::registry::{
+    self, Registry,
+    etcd::{self, EtcdConfig, EtcdRegistry},
+    file::FileRegistry,
+};
+
+/// Where the network's configuration and leases are kept. All flags stand before or after a subcommand.
+#[derive(Debug, Clone, PartialEq, Eq, Args)]
+#[command(next_help_heading = "Registry (where the network's configuration and leases are)")]
+pub struct RegistryArgs {
+    /// etcd's addresses, separated by commas
+    #[arg(
+        long,
+        env = "FLANNELD_ETCD_ENDPOINTS",
+        value_name = "URL,...",
+        value_delimiter = ',',
+        default_value = "http://127.0.0.1:4001,http://127.0.0.1:2379",
+        global = true
+    )]
+    pub etcd_endpoints: Vec<String>,
+
+    /// What the keys of this network begin with
+    #[arg(
+        long,
+        env = "FLANNELD_ETCD_PREFIX",
+        value_name = "PREFIX",
+        default_value = "/coreos.com/network",
+        global = true
+    )]
+    pub etcd_prefix: String,
+
+    /// The authority that etcd's certificate is checked against, PEM
+    #[arg(long, env = "FLANNELD_ETCD_CAFILE", value_name = "FILE", global = true)]
+    pub etcd_cafile: Option<PathBuf>,
+
+    /// This client's certificate for etcd, PEM
+    #[arg(long, env = "FLANNELD_ETCD_CERTFILE", value_name = "FILE", global = true)]
+    pub etcd_certfile: Option<PathBuf>,
+
+    /// The key of --etcd-certfile, PEM
+    #[arg(long, env = "FLANNELD_ETCD_KEYFILE", value_name = "FILE", global = true)]
+    pub etcd_keyfile: Option<PathBuf>,
+
+    /// The user's name at etcd
+    #[arg(long, env = "FLANNELD_ETCD_USERNAME", value_name = "NAME", global = true)]
+    pub etcd_username: Option<String>,
+
+    /// The user's password at etcd; better in the environment, since others see command lines
+    #[arg(
+        long,
+        env = "FLANNELD_ETCD_PASSWORD",
+        hide_env_values = true,
+        value_name = "PASSWORD",
+        global = true
+    )]
+    pub etcd_password: Option<Secret>,
+
+    /// Keep all in this directory instead of etcd: for the daemons of one machine
+    #[arg(long, env = "FLANNELD_REGISTRY_DIR", value_name = "DIR", global = true)]
+    pub registry_dir: Option<PathBuf>,
+}
+
+impl RegistryArgs {
+    /// The registry that the flags name. etcd need not be there yet.
+    ///
+    /// # Errors
+    /// What the user must mend in the flags, or in the directory.
+    pub fn open(&self) -> Result<Arc<dyn Registry>, OpenError> {
+        if let Some(dir) = &self.registry_dir {
+            return Ok(Arc::new(FileRegistry::open(dir, &self.etcd_prefix)?));
+        }
+        Ok(Arc::new(EtcdRegistry::connect(EtcdConfig {
+            endpoints: self.etcd_endpoints.clone(),
+            prefix: self.etcd_prefix.clone(),
+            ca_file: self.etcd_cafile.clone(),
+            cert_file: self.etcd_certfile.clone(),
+            key_file: self.etcd_keyfile.clone(),
+            username: self.etcd_username.clone(),
+            password: self.etcd_password.as_ref().map(|password| password.expose().to_owned()),
+        })?))
+    }
+
+    /// Settles what was given together but excludes each other. The command line wins over the environment, and that over
+    /// defaults; what is given twice at the same place is the user's to decide.
+    ///
+    /// # Errors
+    /// For people, on one line.
+    pub(super) fn settle(&mut self, matches: &ArgMatches) -> Result<(), String> {
+        let place = |id| match matches.value_source(id) {
+            Some(ValueSource::CommandLine) => 2,
+            Some(ValueSource::EnvVariable) => 1,
+            _ => 0,
+        };
+        let (dir, endpoints) = (place("registry_dir"), place("etcd_endpoints"));
+        if dir > 0 && dir == endpoints {
+            return Err("--registry-dir and --etcd-endpoints are two places for one registry: give one of them".into());
+        }
+        if dir < endpoints {
+            self.registry_dir = None;
+        }
+        Ok(())
+    }
+}
+
+/// Why the registry that the flags name cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// A flag for etcd is wrong.
+    #[error(transparent)]
+    Etcd(#[from] etcd::ConfigError),
+    /// The directory is.
+    #[error(transparent)]
+    Directory(#[from] registry::Error),
+}
+
+/// A text that does not show itself in logs.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// The text itself.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<&str> for Secret {
+    fn from(text: &str) -> Self {
+        Secret(text.to_owned())
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
+}

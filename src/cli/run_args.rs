@@ -1,0 +1,306 @@
+//! The daemon's own flags.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    num::NonZeroUsize,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use clap::Args;
+use regex::Regex;
+
+use super::go_flags::boolean;
+use crate::{
+    backend::udp::{self, TunMode},
+    daemon::Settings,
+    kernel::external::Wish,
+    registry::Registry,
+};
+
+/// The longest life of a lease in minutes: a day, of which the margin must leave something.
+const LEASE_MINUTES: u64 = 24 * 60;
+
+/// More workers than this only take turns: a host has fewer queues on its network card.
+const MOST_WORKERS: usize = 64;
+
+const INTERFACE: &str = "Interface (default: the one of the default route)";
+
+/// What `flanneld` without a subcommand is told.
+#[derive(Debug, Clone, Args)]
+pub struct RunArgs {
+    /// The interface to the other hosts, by name or address; repeat it: the first that is there counts
+    #[arg(
+        long,
+        env = "FLANNELD_IFACE",
+        value_name = "NAME|IP",
+        value_delimiter = ',',
+        help_heading = INTERFACE
+    )]
+    pub iface: Vec<String>,
+
+    /// The same by a regular expression on addresses, then names; repeatable, tried after --iface
+    #[arg(
+        long,
+        env = "FLANNELD_IFACE_REGEX",
+        value_name = "REGEX",
+        value_parser = regex,
+        help_heading = INTERFACE
+    )]
+    pub iface_regex: Vec<Regex>,
+
+    /// The interface, and the address on it, that packets to this address leave by
+    #[arg(
+        long,
+        env = "FLANNELD_IFACE_CAN_REACH",
+        value_name = "IP",
+        help_heading = INTERFACE
+    )]
+    pub iface_can_reach: Option<IpAddr>,
+
+    /// The address at which the other hosts reach this one, if it is not the interface's
+    #[arg(
+        long,
+        env = "FLANNELD_PUBLIC_IP",
+        value_name = "IP",
+        help_heading = INTERFACE
+    )]
+    pub public_ip: Option<Ipv4Addr>,
+
+    /// The same for IPv6
+    #[arg(
+        long,
+        env = "FLANNELD_PUBLIC_IPV6",
+        value_name = "IP",
+        help_heading = INTERFACE
+    )]
+    pub public_ipv6: Option<Ipv6Addr>,
+
+    /// Where to write this host's subnet and MTU for Docker and others
+    #[arg(
+        long,
+        env = "FLANNELD_SUBNET_FILE",
+        value_name = "FILE",
+        default_value = "/run/flannel/subnet.env",
+        help_heading = "Subnet"
+    )]
+    pub subnet_file: PathBuf,
+
+    /// Renew the lease this many minutes before it runs out, 1 to 1439
+    #[arg(
+        long,
+        env = "FLANNELD_SUBNET_LEASE_RENEW_MARGIN",
+        value_name = "MINUTES",
+        default_value = "60",
+        value_parser = renew_margin,
+        help_heading = "Subnet"
+    )]
+    pub subnet_lease_renew_margin: Duration,
+
+    /// Masquerade what leaves the overlay network
+    #[arg(
+        long,
+        env = "FLANNELD_IP_MASQ",
+        value_name = "BOOL",
+        num_args = 0..=1,
+        require_equals = true,
+        default_value = "false",
+        default_missing_value = "true",
+        value_parser = boolean,
+        action = clap::ArgAction::Set,
+        help_heading = "Traffic rules"
+    )]
+    pub ip_masq: bool,
+
+    /// Masquerade without random ports
+    #[arg(
+        long,
+        env = "FLANNELD_IP_MASQ_FULLY_RANDOM_DISABLE",
+        value_name = "BOOL",
+        num_args = 0..=1,
+        require_equals = true,
+        default_value = "false",
+        default_missing_value = "true",
+        value_parser = boolean,
+        action = clap::ArgAction::Set,
+        help_heading = "Traffic rules"
+    )]
+    pub ip_masq_fully_random_disable: bool,
+
+    /// Look after the rules each so many seconds
+    #[arg(
+        long,
+        env = "FLANNELD_IPTABLES_RESYNC",
+        value_name = "SECONDS",
+        default_value = "5",
+        value_parser = seconds,
+        help_heading = "Traffic rules"
+    )]
+    pub iptables_resync: Duration,
+
+    /// Let forwarded packets of the overlay network pass
+    #[arg(
+        long,
+        env = "FLANNELD_IPTABLES_FORWARD_RULES",
+        value_name = "BOOL",
+        num_args = 0..=1,
+        require_equals = true,
+        default_value = "true",
+        default_missing_value = "true",
+        value_parser = boolean,
+        action = clap::ArgAction::Set,
+        help_heading = "Traffic rules"
+    )]
+    pub iptables_forward_rules: bool,
+
+    /// Drop packets to addresses of this host's subnet that no container has
+    #[arg(
+        long,
+        env = "FLANNELD_IP_BLACKHOLE_ROUTE",
+        value_name = "BOOL",
+        num_args = 0..=1,
+        require_equals = true,
+        default_value = "false",
+        default_missing_value = "true",
+        value_parser = boolean,
+        action = clap::ArgAction::Set,
+        help_heading = "Traffic rules"
+    )]
+    pub ip_blackhole_route: bool,
+
+    /// Where /healthz and /readyz listen
+    #[arg(
+        long,
+        env = "FLANNELD_HEALTHZ_IP",
+        value_name = "IP",
+        default_value = "0.0.0.0",
+        help_heading = "Health"
+    )]
+    pub healthz_ip: IpAddr,
+
+    /// Their port; 0 turns them off
+    #[arg(
+        long,
+        env = "FLANNELD_HEALTHZ_PORT",
+        value_name = "PORT",
+        default_value = "0",
+        help_heading = "Health"
+    )]
+    pub healthz_port: u16,
+
+    /// How many threads carry packets, up to 64; 0: as many as the CPUs call for
+    #[arg(
+        long,
+        env = "FLANNELD_WORKERS",
+        value_name = "N",
+        default_value = "0",
+        value_parser = workers,
+        help_heading = "udp backend"
+    )]
+    pub workers: Workers,
+
+    /// How to open the TUN device: auto, with whatever the kernel can do; plain, one queue through tun-tap
+    #[arg(
+        long,
+        env = "FLANNELD_TUN",
+        value_name = "HOW",
+        default_value = "auto",
+        value_parser = tun,
+        help_heading = "udp backend"
+    )]
+    pub tun: Tun,
+}
+
+impl RunArgs {
+    /// What the daemon is to do with `registry`.
+    pub fn settings(self, registry: Arc<dyn Registry>) -> Settings {
+        Settings {
+            registry,
+            external: Wish {
+                interfaces: self.iface,
+                patterns: self.iface_regex,
+                can_reach: self.iface_can_reach,
+                public_ip: self.public_ip,
+            },
+            public_ipv6: self.public_ipv6,
+            subnet_file: self.subnet_file,
+            renew_margin: self.subnet_lease_renew_margin,
+            health: (self.healthz_port != 0).then(|| SocketAddr::new(self.healthz_ip, self.healthz_port)),
+            udp: udp::Options {
+                workers: self.workers,
+                tun: match self.tun {
+                    Tun::Auto => TunMode::Auto,
+                    Tun::Plain => TunMode::Plain,
+                },
+            },
+        }
+    }
+
+    /// The flags that are given and that this version accepts but does not act on.
+    pub fn without_effect(&self) -> Vec<&'static str> {
+        let flags = [
+            (
+                self.ip_masq,
+                "--ip-masq (FLANNEL_IPMASQ stays false, so that Docker masquerades)",
+            ),
+            (self.ip_blackhole_route, "--ip-blackhole-route"),
+        ];
+        flags
+            .into_iter()
+            .filter_map(|(given, flag)| given.then_some(flag))
+            .collect()
+    }
+}
+
+/// How many threads carry packets; `None`: as many as the CPUs call for. (A name of its own, since clap takes an `Option`
+/// that it sees for a flag that may be left out.)
+pub type Workers = Option<NonZeroUsize>;
+
+/// How the TUN device is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tun {
+    /// With whatever the kernel can do.
+    Auto,
+    /// One queue, one packet at a time.
+    Plain,
+}
+
+fn tun(text: &str) -> Result<Tun, String> {
+    match text {
+        "auto" => Ok(Tun::Auto),
+        "plain" => Ok(Tun::Plain),
+        _ => Err("write auto or plain".to_owned()),
+    }
+}
+
+fn regex(text: &str) -> Result<Regex, String> {
+    // The crate draws a picture of several lines, and the last one says what is wrong: `error: unclosed group`.
+    Regex::new(text).map_err(|error| {
+        let picture = error.to_string();
+        let reason = picture.lines().last().unwrap_or_default();
+        reason.trim_start_matches("error: ").to_owned()
+    })
+}
+
+fn renew_margin(text: &str) -> Result<Duration, String> {
+    let minutes = text.parse().ok().filter(|minutes| (1..LEASE_MINUTES).contains(minutes));
+    let minutes = minutes.ok_or_else(|| format!("give minutes from 1 to {}", LEASE_MINUTES - 1))?;
+    Ok(Duration::from_secs(minutes * 60))
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    // A day: whoever wants to wait longer does not want it at all.
+    const MOST: u64 = 86_400;
+    let seconds = text.parse().ok().filter(|seconds| (1..=MOST).contains(seconds));
+    seconds
+        .map(Duration::from_secs)
+        .ok_or_else(|| format!("give seconds from 1 to {MOST}, without a unit"))
+}
+
+fn workers(text: &str) -> Result<Workers, String> {
+    let workers = text.parse().ok().filter(|workers| *workers <= MOST_WORKERS);
+    workers
+        .map(NonZeroUsize::new)
+        .ok_or_else(|| format!("give a number from 0 to {MOST_WORKERS}"))
+}

@@ -1,0 +1,325 @@
+//! The kernel's networking configuration over rtnetlink: links, addresses, routes; and which interface faces the other
+//! hosts ([`external`]).
+//!
+//! Calls block; each takes microseconds. Nothing here runs the `ip` command.
+
+pub mod external;
+mod netlink;
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr},
+};
+
+use ipnet::IpNet;
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL};
+use netlink_packet_route::{
+    AddressFamily, RouteNetlinkMessage as Message,
+    address::{AddressAttribute, AddressMessage},
+    link::{LinkAttribute, LinkFlags, LinkMessage},
+    route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
+};
+
+use netlink::Netlink;
+
+/// A handle on the kernel's configuration of the network namespace in which it was opened.
+#[derive(Debug)]
+pub struct Kernel {
+    netlink: Netlink,
+}
+
+/// A network interface and its addresses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Link {
+    /// Interface index.
+    pub index: u32,
+    /// Interface name.
+    pub name: String,
+    /// In bytes.
+    pub mtu: u32,
+    /// Administratively up.
+    pub up: bool,
+    /// The loopback interface.
+    pub loopback: bool,
+    /// In the kernel's order, so that the primary address comes first.
+    pub addresses: Vec<IpNet>,
+}
+
+/// How the kernel sends to some destination.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Path {
+    /// Index of the interface that it leaves by.
+    pub link: u32,
+    /// The source address it takes.
+    pub source: Option<IpAddr>,
+}
+
+/// Why the kernel refused.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}: {source}")]
+pub struct Error {
+    what: String,
+    source: io::Error,
+}
+
+impl Error {
+    /// The system's error.
+    pub fn io(&self) -> &io::Error {
+        &self.source
+    }
+}
+
+impl Kernel {
+    /// # Errors
+    /// When the kernel gives no netlink socket.
+    pub fn open() -> Result<Self, Error> {
+        Netlink::open()
+            .map(|netlink| Self { netlink })
+            .map_err(tried("cannot open a netlink socket"))
+    }
+
+    /// All interfaces with their addresses, by index.
+    ///
+    /// # Errors
+    /// As the kernel says.
+    pub fn links(&mut self) -> Result<Vec<Link>, Error> {
+        let replies = self
+            .netlink
+            .request(Message::GetLink(LinkMessage::default()), NLM_F_DUMP)
+            .map_err(tried("cannot list the network interfaces"))?;
+        let mut links: Vec<Link> = replies.into_iter().filter_map(link_of).collect();
+        links.sort_by_key(|link| link.index);
+        let replies = self
+            .netlink
+            .request(Message::GetAddress(AddressMessage::default()), NLM_F_DUMP)
+            .map_err(tried("cannot list the addresses of the network interfaces"))?;
+        for (index, address) in replies.into_iter().filter_map(address_of) {
+            if let Some(link) = links.iter_mut().find(|link| link.index == index) {
+                link.addresses.push(address);
+            }
+        }
+        Ok(links)
+    }
+
+    /// How the kernel would send to `destination`, by its routing policy.
+    ///
+    /// # Errors
+    /// `ENETUNREACH` when it has no route.
+    pub fn path_to(&mut self, destination: IpAddr) -> Result<Path, Error> {
+        let mut message = RouteMessage::default();
+        message.header.address_family = family(destination);
+        message.header.destination_prefix_length = if destination.is_ipv4() { 32 } else { 128 };
+        message.attributes.push(RouteAttribute::Destination(destination.into()));
+        let what = || format!("cannot find a route to {destination}");
+        let replies = self
+            .netlink
+            .request(Message::GetRoute(message), 0)
+            .map_err(tried(what()))?;
+        replies
+            .into_iter()
+            .find_map(path_of)
+            .ok_or_else(|| tried(what())(io::Error::other("the kernel's answer names no interface")))
+    }
+
+    /// The interface of the IPv4 default route with the lowest metric, if there is one.
+    ///
+    /// # Errors
+    /// As the kernel says.
+    pub fn default_route(&mut self) -> Result<Option<Path>, Error> {
+        Ok(self
+            .main_routes()?
+            .into_iter()
+            .filter(|route| route.header.destination_prefix_length == 0 && route.header.kind == RouteType::Unicast)
+            .min_by_key(|route| {
+                route.attributes.iter().find_map(|attribute| match attribute {
+                    RouteAttribute::Priority(metric) => Some(*metric),
+                    _ => None,
+                })
+            })
+            .and_then(|route| path_of(Message::NewRoute(route))))
+    }
+
+    /// Sets the MTU and the transmit queue's length (packets) of a link and brings it up.
+    ///
+    /// # Errors
+    /// As the kernel says: `EINVAL` for an MTU that the device cannot have, `EPERM` without `CAP_NET_ADMIN`.
+    pub fn bring_up(&mut self, index: u32, mtu: u32, queue_length: u32) -> Result<(), Error> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        message.header.flags = LinkFlags::Up;
+        message.header.change_mask = LinkFlags::Up;
+        message.attributes.push(LinkAttribute::Mtu(mtu));
+        message.attributes.push(LinkAttribute::TxQueueLen(queue_length));
+        self.netlink
+            .request(Message::SetLink(message), 0)
+            .map(drop)
+            .map_err(tried(format!("cannot bring interface {index} up with MTU {mtu}")))
+    }
+
+    /// Adds an address to a link.
+    ///
+    /// # Errors
+    /// As the kernel says; `EEXIST` when it is there already.
+    pub fn add_address(&mut self, index: u32, address: IpNet) -> Result<(), Error> {
+        let mut message = AddressMessage::default();
+        message.header.family = family(address.addr());
+        message.header.prefix_len = address.prefix_len();
+        message.header.index = index;
+        message.attributes.push(AddressAttribute::Local(address.addr()));
+        message.attributes.push(AddressAttribute::Address(address.addr()));
+        self.netlink
+            .request(Message::NewAddress(message), NLM_F_CREATE | NLM_F_EXCL)
+            .map(drop)
+            .map_err(tried(format!("cannot add the address {address} to interface {index}")))
+    }
+
+    /// Adds the route `destination dev <link>` to the main table.
+    ///
+    /// # Errors
+    /// As the kernel says; `EEXIST` when there is a route to the same destination.
+    pub fn add_route(&mut self, destination: IpNet, index: u32) -> Result<(), Error> {
+        let mut message = RouteMessage::default();
+        message.header = RouteHeader {
+            address_family: family(destination.addr()),
+            destination_prefix_length: destination.prefix_len(),
+            table: RouteHeader::RT_TABLE_MAIN,
+            protocol: RouteProtocol::Boot,
+            scope: RouteScope::Universe,
+            kind: RouteType::Unicast,
+            ..RouteHeader::default()
+        };
+        message
+            .attributes
+            .push(RouteAttribute::Destination(destination.network().into()));
+        message.attributes.push(RouteAttribute::Oif(index));
+        self.netlink
+            .request(Message::NewRoute(message), NLM_F_CREATE | NLM_F_EXCL)
+            .map(drop)
+            .map_err(tried(format!(
+                "cannot add the route {destination} over interface {index}"
+            )))
+    }
+
+    /// The index of the link that the main table's route to exactly `destination` leaves by.
+    ///
+    /// # Errors
+    /// As the kernel says.
+    pub fn link_of_route(&mut self, destination: IpNet) -> Result<Option<u32>, Error> {
+        let wanted = RouteAddress::from(destination.network());
+        Ok(self
+            .main_routes()?
+            .into_iter()
+            .filter(|route| route.header.destination_prefix_length == destination.prefix_len())
+            .find(|route| route.attributes.contains(&RouteAttribute::Destination(wanted.clone())))
+            .and_then(|route| path_of(Message::NewRoute(route)))
+            .map(|path| path.link))
+    }
+
+    fn main_routes(&mut self) -> Result<Vec<RouteMessage>, Error> {
+        let mut message = RouteMessage::default();
+        message.header.address_family = AddressFamily::Inet;
+        let replies = self
+            .netlink
+            .request(Message::GetRoute(message), NLM_F_DUMP)
+            .map_err(tried("cannot list the routes"))?;
+        Ok(replies
+            .into_iter()
+            .filter_map(|reply| match reply {
+                Message::NewRoute(route) if route.header.table == RouteHeader::RT_TABLE_MAIN => Some(route),
+                _ => None,
+            })
+            .collect())
+    }
+}
+
+impl Link {
+    /// The IPv4 address that other hosts know this interface by: its first that is not link-local, else its first.
+    pub fn ipv4(&self) -> Option<Ipv4Addr> {
+        let mut addresses = self.addresses.iter().filter_map(|net| match net {
+            IpNet::V4(net) => Some(net.addr()),
+            IpNet::V6(_) => None,
+        });
+        let first = addresses.clone().next();
+        addresses.find(|address| !address.is_link_local()).or(first)
+    }
+
+    /// Whether one of its addresses is `address`.
+    pub fn has(&self, address: IpAddr) -> bool {
+        self.addresses.iter().any(|net| net.addr() == address)
+    }
+}
+
+fn tried(what: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error {
+        what: what.into(),
+        source,
+    }
+}
+
+fn family(address: IpAddr) -> AddressFamily {
+    if address.is_ipv4() {
+        AddressFamily::Inet
+    } else {
+        AddressFamily::Inet6
+    }
+}
+
+fn link_of(message: Message) -> Option<Link> {
+    let Message::NewLink(message) = message else {
+        return None;
+    };
+    let flags = message.header.flags;
+    let mut link = Link {
+        index: message.header.index,
+        name: String::new(),
+        mtu: 0,
+        up: flags.contains(LinkFlags::Up),
+        loopback: flags.contains(LinkFlags::Loopback),
+        addresses: Vec::new(),
+    };
+    for attribute in message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name = name,
+            LinkAttribute::Mtu(mtu) => link.mtu = mtu,
+            _ => {}
+        }
+    }
+    Some(link)
+}
+
+fn address_of(message: Message) -> Option<(u32, IpNet)> {
+    let Message::NewAddress(message) = message else {
+        return None;
+    };
+    // IFA_LOCAL is this end's address of a point-to-point link, where IFA_ADDRESS is the other end's; IPv6 has only the
+    // latter unless there is a peer (if_addr.h).
+    let mut address = None;
+    for attribute in &message.attributes {
+        match attribute {
+            AddressAttribute::Local(local) => address = Some(*local),
+            AddressAttribute::Address(other) => address = address.or(Some(*other)),
+            _ => {}
+        }
+    }
+    let net = IpNet::new(address?, message.header.prefix_len).ok()?;
+    Some((message.header.index, net))
+}
+
+fn path_of(message: Message) -> Option<Path> {
+    let Message::NewRoute(message) = message else {
+        return None;
+    };
+    let mut link = None;
+    let mut source = None;
+    for attribute in message.attributes {
+        match attribute {
+            RouteAttribute::Oif(index) => link = Some(index),
+            RouteAttribute::PrefSource(RouteAddress::Inet(address)) => source = Some(IpAddr::V4(address)),
+            RouteAttribute::PrefSource(RouteAddress::Inet6(address)) => source = Some(IpAddr::V6(address)),
+            // Several next hops: the first stands for all.
+            RouteAttribute::MultiPath(hops) => link = link.or(hops.first().map(|hop| hop.interface_index)),
+            _ => {}
+        }
+    }
+    Some(Path { link: link?, source })
+}

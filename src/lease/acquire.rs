@@ -1,0 +1,300 @@
+//! Taking a lease: the one this host had, else a free subnet, by transaction.
+
+use std::time::Duration;
+
+use ipnet::Ipv4Net;
+use tracing::{info, warn};
+
+use crate::{
+    network::Network,
+    registry::{self, Registry},
+    subnet_file::Previous,
+};
+
+use super::{
+    choose::{self, OutOfSubnets},
+    record::{Lease, LeaseValue, SUBNETS, Subnets, subnets_of},
+};
+
+/// How long a lease outlives its daemon: the original's day, in which a host finds its subnet again.
+pub const SUBNET_TTL: Duration = Duration::from_secs(86_400);
+
+/// How often a race for a subnet may be lost before giving up: each loss means that another host has won, so that this many
+/// in a row mean that something else is wrong.
+const TRIES: u32 = 100;
+
+/// This host's lease, as just taken.
+#[derive(Debug, Clone)]
+pub struct Own {
+    /// What stands in the registry.
+    pub lease: Lease,
+    /// How long it has; `None`: a reservation, which does not expire.
+    pub left: Option<Duration>,
+}
+
+/// Why there is no lease.
+#[derive(Debug, thiserror::Error)]
+pub enum AcquireError {
+    /// No free subnet is left.
+    #[error(transparent)]
+    OutOfSubnets(#[from] OutOfSubnets),
+    /// Others were faster each time.
+    #[error(
+        "lost the race for a subnet {TRIES} times in a row: {registry} answers, but no transaction of ours succeeds"
+    )]
+    Races {
+        /// As [`Registry::describe`] says it.
+        registry: String,
+    },
+    /// The registry failed.
+    #[error(transparent)]
+    Registry(#[from] registry::Error),
+}
+
+/// Takes the lease of the host whose PublicIP `value` carries.
+///
+/// In this order, as the original: the lease that carries our PublicIP, if it fits the network (one that does not is
+/// deleted); `previous`, what the subnet file says, if it is free; one of the free subnets at random.
+///
+/// # Errors
+/// When there is no free subnet, or the registry fails. Nothing is left half done: the record is made in one transaction.
+pub async fn acquire(
+    registry: &dyn Registry,
+    network: &Network,
+    value: &LeaseValue,
+    previous: &Previous,
+) -> Result<Own, AcquireError> {
+    'race: for _ in 0..TRIES {
+        // Keys count as taken even where their values are broken.
+        let mut taken = Vec::new();
+        for record in registry.list(SUBNETS).await? {
+            let lease = match Lease::from_record(&record) {
+                Ok(lease) if lease.value.public_ip == value.public_ip => lease,
+                _ => {
+                    taken.extend(subnets_of(&record.key));
+                    continue;
+                }
+            };
+            let subnets = lease.subnets;
+            if !subnets.fit(network) {
+                warn!(
+                    "the lease {} of this host does not fit the network's configuration any more: giving it up",
+                    subnets.to_cidrs()
+                );
+                registry.delete(&record).await?;
+                continue;
+            }
+            match reuse(registry, &record, lease, value).await? {
+                Some(own) => return Ok(own),
+                // It changed or ran out in this moment.
+                None => continue 'race,
+            }
+        }
+        let subnets = choose_subnets(network, &taken, previous)?;
+        if let Some(record) = registry
+            .create(&subnets.key(), &value.to_bytes(), Some(SUBNET_TTL))
+            .await?
+        {
+            info!("took subnet {}", subnets.to_cidrs());
+            let lease = Lease {
+                subnets,
+                value: value.clone(),
+                revision: record.revision,
+                ttl: record.ttl,
+            };
+            return Ok(Own {
+                lease,
+                left: Some(SUBNET_TTL),
+            });
+        }
+    }
+    Err(AcquireError::Races {
+        registry: registry.describe(),
+    })
+}
+
+/// Makes a lease that carries our PublicIP ours again; `None` when it changed or ran out meanwhile.
+async fn reuse(
+    registry: &dyn Registry,
+    record: &registry::Record,
+    mut lease: Lease,
+    value: &LeaseValue,
+) -> Result<Option<Own>, registry::Error> {
+    let left = match lease.ttl {
+        Some(ttl) => match registry.refresh(ttl).await? {
+            Some(left) => Some(left),
+            None => return Ok(None),
+        },
+        None => None,
+    };
+    if lease.value != *value {
+        match registry.replace(record, &value.to_bytes()).await? {
+            Some(record) => {
+                lease = Lease {
+                    value: value.clone(),
+                    revision: record.revision,
+                    ..lease
+                }
+            }
+            None => return Ok(None),
+        }
+    }
+    let kind = if left.is_some() { "lease" } else { "reservation" };
+    info!("found this host's {kind} {}: using it again", lease.subnets.to_cidrs());
+    Ok(Some(Own { lease, left }))
+}
+
+/// A free subnet of each family that the network has.
+fn choose_subnets(network: &Network, taken: &[Subnets], previous: &Previous) -> Result<Subnets, OutOfSubnets> {
+    let v4 = match network.ipv4() {
+        Some(plan) => choose::choose(plan, taken.iter().map(Subnets::v4), previous.subnet, random())?,
+        None => Ipv4Net::default(),
+    };
+    let v6 = network
+        .ipv6()
+        .map(|plan| {
+            choose::choose(
+                plan,
+                taken.iter().filter_map(Subnets::v6),
+                previous.ipv6_subnet,
+                random(),
+            )
+        })
+        .transpose()?;
+    Ok(Subnets::new(v4, v6))
+}
+
+/// A random number: the standard library seeds its hash maps from the system's.
+fn random() -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    RandomState::new().hash_one(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{net::Ipv4Addr, sync::Arc};
+
+    use super::*;
+    use crate::registry::memory::MemoryRegistry;
+
+    /// Subnets 10.5.1.0/24 to 10.5.4.0/24.
+    const FOUR: &str = r#"{"Network":"10.5.0.0/16","SubnetMin":"10.5.1.0","SubnetMax":"10.5.4.0"}"#;
+
+    fn network() -> Network {
+        Network::parse(FOUR).unwrap().network
+    }
+
+    fn host(number: u8) -> LeaseValue {
+        LeaseValue::new(Ipv4Addr::new(192, 0, 2, number))
+    }
+
+    async fn take(registry: &MemoryRegistry, value: &LeaseValue) -> Result<Own, AcquireError> {
+        acquire(registry, &network(), value, &Previous::default()).await
+    }
+
+    #[tokio::test]
+    async fn a_new_host_gets_a_free_subnet_for_a_day() {
+        let registry = MemoryRegistry::new();
+        let own = take(&registry, &host(1)).await.unwrap();
+        assert!(own.lease.subnets.fit(&network()));
+        assert_eq!(own.left, Some(SUBNET_TTL));
+        let stored = registry.get(&own.lease.subnets.key()).await.unwrap().unwrap();
+        assert_eq!(stored.value, br#"{"PublicIP":"192.0.2.1","PublicIPv6":null}"#);
+    }
+
+    #[tokio::test]
+    async fn a_restarted_host_gets_its_lease_again_without_writing_it() {
+        let registry = MemoryRegistry::new();
+        let first = take(&registry, &host(1)).await.unwrap();
+        take(&registry, &host(2)).await.unwrap();
+        let again = take(&registry, &host(1)).await.unwrap();
+        assert_eq!(again.lease, first.lease);
+    }
+
+    #[tokio::test]
+    async fn a_lease_left_by_another_backend_is_rewritten_in_place() {
+        let registry = MemoryRegistry::new();
+        let vxlan = br#"{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1}}"#;
+        let old = registry
+            .create("subnets/10.5.3.0-24", vxlan, Some(SUBNET_TTL))
+            .await
+            .unwrap()
+            .unwrap();
+        let own = take(&registry, &host(1)).await.unwrap();
+        let stored = registry.get("subnets/10.5.3.0-24").await.unwrap().unwrap();
+        assert_eq!(stored.value, host(1).to_bytes());
+        assert_eq!((stored.revision, stored.ttl), (own.lease.revision, old.ttl));
+    }
+
+    #[tokio::test]
+    async fn a_reservation_is_used_and_stays_one() {
+        let registry = MemoryRegistry::new();
+        registry.put("subnets/10.5.2.0-24", &host(7).to_bytes()).await.unwrap();
+        let own = take(&registry, &host(7)).await.unwrap();
+        assert_eq!(own.lease.subnets.to_string(), "10.5.2.0-24");
+        assert_eq!(own.left, None);
+        assert!(
+            registry
+                .get("subnets/10.5.2.0-24")
+                .await
+                .unwrap()
+                .unwrap()
+                .ttl
+                .is_none()
+        );
+    }
+
+    #[tokio::test]
+    async fn a_lease_that_does_not_fit_any_more_is_given_up() {
+        let registry = MemoryRegistry::new();
+        registry
+            .create("subnets/10.9.1.0-24", &host(1).to_bytes(), Some(SUBNET_TTL))
+            .await
+            .unwrap();
+        let own = take(&registry, &host(1)).await.unwrap();
+        assert!(own.lease.subnets.fit(&network()));
+        assert_eq!(registry.get("subnets/10.9.1.0-24").await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn the_subnet_files_subnet_is_taken_if_it_is_free() {
+        let registry = MemoryRegistry::new();
+        let previous = Previous::parse("FLANNEL_SUBNET=10.5.4.1/24");
+        let own = acquire(&registry, &network(), &host(1), &previous).await.unwrap();
+        assert_eq!(own.lease.subnets.to_string(), "10.5.4.0-24");
+        let other = acquire(&registry, &network(), &host(2), &previous).await.unwrap();
+        assert_ne!(other.lease.subnets, own.lease.subnets);
+    }
+
+    #[tokio::test]
+    async fn keys_with_broken_values_count_as_taken() {
+        let registry = MemoryRegistry::new();
+        for taken in ["10.5.1.0-24", "10.5.2.0-24", "10.5.4.0-24"] {
+            registry.put(&format!("subnets/{taken}"), b"{broken").await.unwrap();
+        }
+        registry.put("subnets/rubbish", b"{broken").await.unwrap();
+        assert_eq!(
+            take(&registry, &host(1)).await.unwrap().lease.subnets.to_string(),
+            "10.5.3.0-24"
+        );
+    }
+
+    #[tokio::test]
+    async fn hosts_that_race_get_a_subnet_each_until_none_is_left() {
+        let registry = Arc::new(MemoryRegistry::new());
+        let mut tasks = tokio::task::JoinSet::new();
+        for number in 1..=20 {
+            let registry = Arc::clone(&registry);
+            tasks.spawn(async move { take(&registry, &host(number)).await });
+        }
+        let (mut won, mut lost) = (std::collections::HashSet::new(), 0);
+        while let Some(outcome) = tasks.join_next().await {
+            match outcome.unwrap() {
+                Ok(own) => assert!(won.insert(own.lease.subnets), "{} went to two hosts", own.lease.subnets),
+                Err(AcquireError::OutOfSubnets(_)) => lost += 1,
+                Err(other) => panic!("{other}"),
+            }
+        }
+        assert_eq!((won.len(), lost), (4, 16));
+    }
+}

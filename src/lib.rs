@@ -1,0 +1,42 @@
+//! flannel: an overlay network for containers. Every host runs `flanneld`, leases a subnet, and carries packets between its
+//! containers and those of all other hosts.
+//!
+//! The layers, each of which uses only those below it:
+//!
+//! | module | what lives there |
+//! | --- | --- |
+//! | [`cli`] | the command line, and a file for each subcommand |
+//! | [`lab`] | hosts and containers as network namespaces, for the demo and the tests |
+//! | [`daemon`] | the run: wires the rest together, and takes it down in order |
+//! | [`backend`] | the desired peers become state: [`backend::udp`] |
+//! | [`lease`] | choosing, taking, keeping and watching subnets |
+//! | [`registry`] | where configuration and leases are kept: etcd, a directory, memory |
+//! | [`network`], [`subnet_file`] | the network's configuration; what Docker reads |
+//! | [`engine`] | the packet engine: workers between TUN queues and UDP sockets |
+//! | [`route_table`] | destination to peer, immutable, published without a lock |
+//! | [`packet`] | protocols as views over bytes; pure |
+//! | [`kernel`] | links, addresses and routes over netlink |
+//! | [`observe`] | logs and health |
+//! | [`sys`] | system calls; the only `unsafe` code |
+//!
+//! Two worlds meet at one narrow door. The control plane is asynchronous and runs on one thread; the data plane is plain
+//! threads that never log, allocate or lock per packet and never wait for the control plane. The door is the route table
+//! ([`route_table::Routes`]), a channel of commands for each worker, and counters.
+
+#![deny(unsafe_code)]
+
+pub mod backend;
+pub mod cli;
+pub mod daemon;
+pub mod engine;
+mod json;
+pub mod kernel;
+pub mod lab;
+pub mod lease;
+pub mod network;
+pub mod observe;
+pub mod packet;
+pub mod registry;
+pub mod route_table;
+pub mod subnet_file;
+pub mod sys;

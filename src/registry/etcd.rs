@@ -1,0 +1,518 @@
+//! The registry in an etcd v3 cluster.
+//!
+//! Nothing connects until it is needed, and everything that fails for want of a server can be called again: the
+//! connection to the cluster moves from server to server by itself (see [`Cluster`]). A running watch does not: it ends
+//! with the server it is on, and its owner takes a new picture and a new watch.
+
+mod config;
+mod connection;
+mod reason;
+
+use std::{
+    fmt,
+    future::Future,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use etcd_client::{
+    Compare, CompareOp, EventType, GetOptions, KeyValue, PutOptions, Txn, TxnOp, TxnOpResponse, TxnResponse,
+    WatchOptions, WatchResponse, WatchStream,
+};
+
+pub use self::config::{ConfigError, EtcdConfig};
+use self::{
+    connection::{Cluster, Connection, Repeat},
+    reason::Fault,
+};
+use super::{Error, Event, Record, Registry, Revision, TtlId, Watch, prefix::Prefix};
+
+/// How many records one answer may hold: at some 300 bytes a lease, 3 MB, which a server reads in well under a second.
+const PAGE: i64 = 10_000;
+
+/// The largest answer we take. etcd does not bound what it sends; a record is at most 1.5 MB (`--max-request-bytes`) and
+/// ours are far smaller, so a page of [`PAGE`] fits many times over.
+const MAX_ANSWER: usize = 64 << 20;
+
+/// How many keys are looked through for configurations at other prefixes; it is only for a hint.
+const MAX_KEYS_FOR_HINT: i64 = 10_000;
+
+/// A registry in etcd. Clones share one connection.
+#[derive(Clone)]
+pub struct EtcdRegistry {
+    cluster: Arc<Cluster>,
+    prefix: Prefix,
+    /// The form of the prefix, with or without the leading slash, under which a configuration was found.
+    found: Arc<OnceLock<Prefix>>,
+}
+
+impl EtcdRegistry {
+    /// The registry that `config` names. Reads the TLS files but does not connect: etcd may be down.
+    ///
+    /// # Errors
+    /// What the user must mend in the flags.
+    pub fn connect(config: EtcdConfig) -> Result<EtcdRegistry, ConfigError> {
+        let cluster = Cluster::new(config.servers()?, config.credentials()?);
+        Ok(EtcdRegistry {
+            cluster: Arc::new(cluster),
+            prefix: Prefix::new(&config.prefix),
+            found: Arc::new(OnceLock::new()),
+        })
+    }
+
+    /// Carries out a call; `tried` and `key` say what it is for the message when it is refused.
+    async fn call<T, F>(
+        &self,
+        (tried, key): (&str, &str),
+        repeat: Repeat,
+        call: impl FnMut(Connection) -> F,
+    ) -> Result<T, Error>
+    where
+        F: Future<Output = Result<T, etcd_client::Error>>,
+    {
+        self.cluster
+            .call(repeat, call)
+            .await?
+            .map_err(|fault| self.error(tried, key, fault))
+    }
+
+    fn error(&self, tried: &str, key: &str, fault: Fault) -> Error {
+        let registry = self.describe();
+        match fault {
+            Fault::Unreachable { reason, .. } | Fault::Broken { reason } => Error::Unavailable { registry, reason },
+            Fault::Denied { reason } | Fault::StaleToken { reason } => Error::Denied {
+                registry,
+                reason: format!("{tried} {key}: {reason}"),
+            },
+            Fault::Compacted => Error::Compacted,
+            Fault::NoLease => Error::Failed {
+                registry,
+                reason: format!("{tried} {key}: its etcd lease has ended"),
+            },
+            Fault::AuthNotEnabled => Error::Failed {
+                registry,
+                reason: format!("{tried} {key}: it has no users"),
+            },
+            Fault::Refused { reason } => Error::Failed {
+                registry,
+                reason: format!("{tried} {key}: {reason}"),
+            },
+        }
+    }
+
+    /// The form of the prefix under which this network's keys are. People write the configuration with or without the
+    /// leading slash, and the other keys must go where it is; while there is none, that is with the slash.
+    async fn prefix(&self) -> Result<Prefix, Error> {
+        if let Some(found) = self.found.get() {
+            return Ok(found.clone());
+        }
+        for form in [self.prefix.clone(), self.prefix.without_slash()] {
+            let key = form.full("config");
+            let options = GetOptions::new().with_count_only();
+            let get = |connection: Connection| {
+                let (key, options) = (key.clone(), options.clone());
+                async move { connection.client.kv_client().get(key, Some(options)).await }
+            };
+            match self.cluster.call(Repeat::Yes, get).await? {
+                Ok(answer) if answer.count() > 0 => return Ok(self.found.get_or_init(|| form).clone()),
+                // A role may well cover one of the forms only; what is not to be seen is not there.
+                Ok(_) | Err(Fault::Denied { .. }) => {}
+                Err(fault) => return Err(self.error("reading", &key, fault)),
+            }
+        }
+        Ok(self.prefix.clone())
+    }
+
+    /// All records from `start` on, and the revision at which they were read.
+    async fn range(&self, prefix: &Prefix, start: &str) -> Result<(Vec<Record>, Revision), Error> {
+        let start = prefix.full(start);
+        let end = range_end(&start);
+        let mut from = start.clone().into_bytes();
+        let (mut records, mut revision) = (Vec::new(), 0);
+        loop {
+            // Later pages are read at the revision of the first, so that together they are one picture.
+            let options = GetOptions::new()
+                .with_range(end.clone())
+                .with_limit(PAGE)
+                .with_revision(revision);
+            let get = |connection: Connection| {
+                let (from, options) = (from.clone(), options.clone());
+                let mut client = connection.client.kv_client().max_decoding_message_size(MAX_ANSWER);
+                async move { client.get(from, Some(options)).await }
+            };
+            let answer = self.call(("listing", &start), Repeat::Yes, get).await?;
+            if revision == 0 {
+                revision = answer.header().map_or(0, |header| header.revision());
+            }
+            records.extend(answer.kvs().iter().map(|entry| record(prefix, entry)));
+            match answer.kvs().last() {
+                Some(last) if answer.more() => {
+                    from = last.key().to_vec();
+                    from.push(0);
+                }
+                _ => return Ok((records, Revision(revision))),
+            }
+        }
+    }
+
+    async fn transact(&self, tried: &str, key: &str, repeat: Repeat, txn: &Txn) -> Result<TxnResponse, Error> {
+        self.try_transact(repeat, txn)
+            .await?
+            .map_err(|fault| self.error(tried, key, fault))
+    }
+
+    async fn try_transact(&self, repeat: Repeat, txn: &Txn) -> Result<Result<TxnResponse, Fault>, Error> {
+        let send = |connection: Connection| {
+            let txn = txn.clone();
+            async move { connection.client.kv_client().txn(txn).await }
+        };
+        self.cluster.call(repeat, send).await
+    }
+
+    async fn grant(&self, key: &str, ttl: Duration) -> Result<i64, Error> {
+        // etcd counts whole seconds, and raises what is shorter than an election (2 s by default).
+        let seconds = i64::try_from(ttl.as_millis().div_ceil(1000)).unwrap_or(i64::MAX).max(1);
+        let grant = |connection: Connection| async move {
+            let granted = connection.client.lease_client().grant(seconds, None).await?;
+            Ok(granted.id())
+        };
+        self.call(("getting an etcd lease for", key), Repeat::Yes, grant).await
+    }
+
+    /// Ends an etcd lease that nothing hangs on any more. If that fails, the lease runs out by itself.
+    async fn revoke(&self, lease: i64) {
+        let revoke = |connection: Connection| async move { connection.client.lease_client().revoke(lease).await };
+        match self.cluster.call(Repeat::Yes, revoke).await {
+            Ok(Ok(_) | Err(Fault::NoLease)) => {}
+            Ok(Err(fault)) => tracing::debug!(lease, ?fault, "etcd does not revoke a lease"),
+            Err(error) => tracing::debug!(lease, %error, "an etcd lease is left to run out"),
+        }
+    }
+
+    fn written(&self, key: &str, value: &[u8], lease: i64, answer: &TxnResponse) -> Record {
+        Record {
+            key: key.to_owned(),
+            value: value.to_vec(),
+            revision: Revision(answer.header().map_or(0, |header| header.revision())),
+            ttl: ttl_id(lease),
+        }
+    }
+}
+
+impl fmt::Debug for EtcdRegistry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EtcdRegistry")
+            .field("cluster", &self.cluster.name())
+            .field("prefix", &self.prefix)
+            .finish()
+    }
+}
+
+#[async_trait]
+impl Registry for EtcdRegistry {
+    fn describe(&self) -> String {
+        self.cluster.name().to_owned()
+    }
+
+    fn full_key(&self, key: &str) -> String {
+        self.found.get().unwrap_or(&self.prefix).full(key)
+    }
+
+    async fn get(&self, key: &str) -> Result<Option<Record>, Error> {
+        let prefix = self.prefix().await?;
+        let full = prefix.full(key);
+        let get = |connection: Connection| {
+            let full = full.clone();
+            async move { connection.client.kv_client().get(full, None).await }
+        };
+        let answer = self.call(("reading", &full), Repeat::Yes, get).await?;
+        Ok(answer.kvs().first().map(|entry| record(&prefix, entry)))
+    }
+
+    async fn list(&self, start: &str) -> Result<Vec<Record>, Error> {
+        let prefix = self.prefix().await?;
+        Ok(self.range(&prefix, start).await?.0)
+    }
+
+    async fn watch(&self, start: &str) -> Result<(Vec<Record>, Box<dyn Watch>), Error> {
+        let prefix = self.prefix().await?;
+        let (picture, revision) = self.range(&prefix, start).await?;
+        let start = prefix.full(start);
+        let options = WatchOptions::new()
+            .with_range(range_end(&start))
+            .with_start_revision(revision.0 + 1)
+            .with_fragment();
+        let open = |connection: Connection| {
+            let (start, options) = (start.clone(), options.clone());
+            let mut client = connection.client.watch_client().max_decoding_message_size(MAX_ANSWER);
+            async move {
+                let mut stream = client.watch(start, Some(options)).await?;
+                // The first answer says whether the watch is accepted; a refusal belongs to this call.
+                let first = stream.message().await?;
+                Ok((connection, stream, first))
+            }
+        };
+        let (connection, stream, first) = self.call(("watching", &start), Repeat::Yes, open).await?;
+        let mut watch = EtcdWatch {
+            registry: self.clone(),
+            connection,
+            prefix,
+            start,
+            stream,
+            early: Vec::new(),
+        };
+        watch.early = watch.events(first).await?;
+        Ok((picture, Box::new(watch)))
+    }
+
+    async fn create(&self, key: &str, value: &[u8], ttl: Option<Duration>) -> Result<Option<Record>, Error> {
+        let prefix = self.prefix().await?;
+        let full = prefix.full(key);
+        let lease = match ttl {
+            Some(ttl) => self.grant(&full, ttl).await?,
+            None => 0,
+        };
+        let put = TxnOp::put(full.as_str(), value, Some(PutOptions::new().with_lease(lease)));
+        let txn = Txn::new()
+            .when([Compare::version(full.as_str(), CompareOp::Equal, 0)])
+            .and_then([put])
+            .or_else([TxnOp::get(full.as_str(), None)]);
+        // The new lease marks what is ours, so that a lost answer is no riddle: ask again and look whose record it is.
+        let repeat = if lease == 0 { Repeat::No } else { Repeat::Yes };
+        match self.transact("creating", &full, repeat, &txn).await {
+            Ok(answer) if answer.succeeded() => Ok(Some(self.written(key, value, lease, &answer))),
+            Ok(answer) => {
+                let there = current(&answer).filter(|there| lease != 0 && there.lease() == lease);
+                if there.is_none() && lease != 0 {
+                    self.revoke(lease).await;
+                }
+                Ok(there.map(|there| record(&prefix, &there)))
+            }
+            Err(error) => {
+                if lease != 0 && !matches!(error, Error::Unavailable { .. }) {
+                    self.revoke(lease).await;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn replace(&self, record: &Record, value: &[u8]) -> Result<Option<Record>, Error> {
+        let full = self.prefix().await?.full(&record.key);
+        let lease = record.ttl.map_or(0, |ttl| ttl.0);
+        let put = TxnOp::put(full.as_str(), value, Some(PutOptions::new().with_lease(lease)));
+        let unchanged = Compare::mod_revision(full.as_str(), CompareOp::Equal, record.revision.0);
+        let txn = Txn::new().when([unchanged]).and_then([put]);
+        match self.try_transact(Repeat::No, &txn).await? {
+            Ok(answer) if answer.succeeded() => Ok(Some(self.written(&record.key, value, lease, &answer))),
+            Ok(_) | Err(Fault::NoLease) => Ok(None),
+            Err(fault) => Err(self.error("replacing", &full, fault)),
+        }
+    }
+
+    async fn delete(&self, record: &Record) -> Result<bool, Error> {
+        let full = self.prefix().await?.full(&record.key);
+        let unchanged = Compare::mod_revision(full.as_str(), CompareOp::Equal, record.revision.0);
+        let txn = Txn::new()
+            .when([unchanged])
+            .and_then([TxnOp::delete(full.as_str(), None)]);
+        let deleted = self.transact("deleting", &full, Repeat::No, &txn).await?.succeeded();
+        if let (true, Some(ttl)) = (deleted, record.ttl) {
+            self.revoke(ttl.0).await;
+        }
+        Ok(deleted)
+    }
+
+    async fn put(&self, key: &str, value: &[u8]) -> Result<(), Error> {
+        let full = self.prefix().await?.full(key);
+        let put = |connection: Connection| {
+            let (full, value) = (full.clone(), value.to_vec());
+            async move { connection.client.kv_client().put(full, value, None).await }
+        };
+        self.call(("writing", &full), Repeat::Yes, put).await.map(drop)
+    }
+
+    async fn refresh(&self, ttl: TtlId) -> Result<Option<Duration>, Error> {
+        let refresh = |connection: Connection| async move {
+            let (mut keeper, mut answers) = connection.client.lease_client().keep_alive(ttl.0).await?;
+            // The client keeps the first answer to itself, so ask once more to see how long there is.
+            keeper.keep_alive().await?;
+            Ok(answers.message().await?.map_or(0, |answer| answer.ttl()))
+        };
+        match self.cluster.call(Repeat::Yes, refresh).await? {
+            Ok(seconds) => Ok(u64::try_from(seconds)
+                .ok()
+                .filter(|left| *left > 0)
+                .map(Duration::from_secs)),
+            Err(Fault::NoLease) => Ok(None),
+            Err(fault) => Err(self.error("keeping alive", &lease_name(ttl), fault)),
+        }
+    }
+
+    async fn time_left(&self, ttl: TtlId) -> Result<Option<Duration>, Error> {
+        let look = |connection: Connection| async move {
+            let answer = connection.client.lease_client().time_to_live(ttl.0, None).await?;
+            Ok(answer.ttl())
+        };
+        match self.cluster.call(Repeat::Yes, look).await? {
+            // Below 0 for a lease that has ended; 0 is its last second.
+            Ok(seconds) => Ok(u64::try_from(seconds).ok().map(Duration::from_secs)),
+            Err(Fault::NoLease) => Ok(None),
+            Err(fault) => Err(self.error("looking at", &lease_name(ttl), fault)),
+        }
+    }
+
+    async fn similar_configs(&self) -> Vec<String> {
+        let options = GetOptions::new()
+            .with_all_keys()
+            .with_keys_only()
+            .with_limit(MAX_KEYS_FOR_HINT);
+        let look = |connection: Connection| {
+            let options = options.clone();
+            let mut client = connection.client.kv_client().max_decoding_message_size(MAX_ANSWER);
+            async move { client.get("", Some(options)).await }
+        };
+        let Ok(answer) = self.call(("listing", "all keys"), Repeat::Yes, look).await else {
+            return Vec::new();
+        };
+        let keys = answer.kvs().iter().filter_map(|entry| entry.key_str().ok());
+        keys.filter(|key| key.ends_with("/config")).map(str::to_owned).collect()
+    }
+}
+
+struct EtcdWatch {
+    registry: EtcdRegistry,
+    connection: Connection,
+    prefix: Prefix,
+    /// The full name that the watched keys begin with.
+    start: String,
+    stream: WatchStream,
+    /// What came with the watch's first answer.
+    early: Vec<Event>,
+}
+
+#[async_trait]
+impl Watch for EtcdWatch {
+    async fn next(&mut self) -> Result<Vec<Event>, Error> {
+        let mut events = std::mem::take(&mut self.early);
+        while events.is_empty() {
+            let answer = match self.stream.message().await {
+                Ok(answer) => answer,
+                Err(error) => return Err(self.failed(Fault::from(error)).await),
+            };
+            events = self.events(answer).await?;
+        }
+        Ok(events)
+    }
+}
+
+impl EtcdWatch {
+    async fn events(&self, answer: Option<WatchResponse>) -> Result<Vec<Event>, Error> {
+        let ended = match &answer {
+            None => "the server has closed the watch",
+            Some(answer) if answer.compact_revision() != 0 => return Err(Error::Compacted),
+            Some(answer) if answer.canceled() => answer.cancel_reason(),
+            Some(answer) => return Ok(answer.events().iter().filter_map(|event| self.event(event)).collect()),
+        };
+        // The reasons are the texts that calls fail with, but come without their codes.
+        let fault = match ended {
+            "etcdserver: permission denied" => Fault::from(tonic::Status::permission_denied(ended)),
+            _ => Fault::from(tonic::Status::unavailable(ended)),
+        };
+        Err(self.failed(fault).await)
+    }
+
+    /// The error that ends this watch. The next call goes to another server if this one has failed.
+    async fn failed(&self, fault: Fault) -> Error {
+        let fault = match fault {
+            Fault::Unreachable { reason, .. } | Fault::Broken { reason } => {
+                self.registry.cluster.discard(&self.connection).await;
+                Fault::Broken {
+                    reason: format!("{}: {reason}", self.registry.cluster.url(&self.connection)),
+                }
+            }
+            fault => fault,
+        };
+        self.registry.error("watching", &self.start, fault)
+    }
+
+    fn event(&self, event: &etcd_client::Event) -> Option<Event> {
+        let entry = event.kv()?;
+        Some(match event.event_type() {
+            EventType::Put => Event::Put(record(&self.prefix, entry)),
+            EventType::Delete => Event::Delete {
+                key: relative(&self.prefix, entry),
+            },
+        })
+    }
+}
+
+fn record(prefix: &Prefix, entry: &KeyValue) -> Record {
+    Record {
+        key: relative(prefix, entry),
+        value: entry.value().to_vec(),
+        revision: Revision(entry.mod_revision()),
+        ttl: ttl_id(entry.lease()),
+    }
+}
+
+/// A key that is no UTF-8 is none of ours; made readable, it is what a message can show.
+fn relative(prefix: &Prefix, entry: &KeyValue) -> String {
+    prefix.relative(&String::from_utf8_lossy(entry.key())).to_owned()
+}
+
+fn ttl_id(lease: i64) -> Option<TtlId> {
+    (lease != 0).then_some(TtlId(lease))
+}
+
+/// The way `etcdctl lease` writes it.
+fn lease_name(ttl: TtlId) -> String {
+    format!("etcd lease {:x}", ttl.0)
+}
+
+/// What the `or_else` of a transaction found at its key.
+fn current(answer: &TxnResponse) -> Option<KeyValue> {
+    answer.op_responses().into_iter().find_map(|response| match response {
+        TxnOpResponse::Get(mut found) => found.take_kvs().into_iter().next(),
+        _ => None,
+    })
+}
+
+/// The end of the range of keys that begin with `start`: `start` with its last byte raised by one. UTF-8 has no byte 0xff,
+/// so there is no carry.
+fn range_end(start: &str) -> Vec<u8> {
+    let mut end = start.as_bytes().to_vec();
+    if let Some(last) = end.last_mut() {
+        *last += 1;
+    }
+    end
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_ends_before_the_first_key_that_begins_otherwise() {
+        assert_eq!(range_end("/n/subnets/"), b"/n/subnets0");
+    }
+
+    #[test]
+    fn the_registry_names_itself_without_secrets() {
+        let registry = EtcdRegistry::connect(EtcdConfig {
+            endpoints: vec!["192.0.2.1".to_owned(), "http://192.0.2.2:4001".to_owned()],
+            prefix: "atomic.io/network/".to_owned(),
+            username: Some("root".to_owned()),
+            password: Some("secret".to_owned()),
+            ..EtcdConfig::default()
+        })
+        .unwrap();
+        assert_eq!(
+            registry.describe(),
+            "etcd at http://192.0.2.1:2379, http://192.0.2.2:4001"
+        );
+        assert_eq!(registry.full_key("config"), "/atomic.io/network/config");
+        assert!(!format!("{registry:?}").contains("secret"));
+    }
+}

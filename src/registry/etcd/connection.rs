@@ -1,0 +1,264 @@
+//! One connection to one server of the cluster at a time, and the change to another when it fails.
+//!
+//! The client library can balance over several servers itself, but then a server that hangs takes its share of the calls
+//! and the reason of a failure is lost. Here each failure belongs to a server and has a reason.
+
+use std::{
+    future::Future,
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+use etcd_client::{Channel, Client, ConnectOptions};
+use tokio::{
+    sync::Mutex,
+    time::{Instant, timeout},
+};
+
+use super::{
+    config::{Credentials, Server},
+    reason::Fault,
+};
+use crate::registry::Error;
+
+/// How long a server may take to accept a connection and the password, and then for each call. A healthy one takes
+/// milliseconds, a cluster that elects a leader about two seconds.
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The cluster, of which one server is connected at a time.
+pub(super) struct Cluster {
+    name: String,
+    servers: Vec<Server>,
+    credentials: Option<Credentials>,
+    state: Mutex<State>,
+    connections: AtomicU64,
+}
+
+#[derive(Default)]
+struct State {
+    connected: Option<Connection>,
+    /// The server to try first.
+    first: usize,
+    /// The last time that no server could be connected to, and why.
+    failed: Option<(Instant, Vec<Failure>)>,
+}
+
+/// A connection and the server it leads to.
+#[derive(Clone)]
+pub(super) struct Connection {
+    pub(super) client: Client,
+    /// Tells connections apart, also those to one server.
+    number: u64,
+    server: usize,
+}
+
+/// Why a server could not be used.
+#[derive(Debug, Clone)]
+struct Failure {
+    server: usize,
+    reason: String,
+    denied: bool,
+}
+
+/// What may be done with a call whose answer was lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Repeat {
+    /// Ask another server: doing it twice is the same as doing it once.
+    Yes,
+    /// Report it: the caller must look what has become of it.
+    No,
+}
+
+impl Cluster {
+    pub(super) fn new(servers: Vec<Server>, credentials: Option<Credentials>) -> Cluster {
+        let urls: Vec<&str> = servers.iter().map(|server| server.url.as_str()).collect();
+        let name = format!("etcd at {}", urls.join(", "));
+        Cluster {
+            name,
+            servers,
+            credentials,
+            state: Mutex::default(),
+            connections: AtomicU64::new(0),
+        }
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Carries out a call on the connected server, or on the others in turn while servers fail. A fault that is
+    /// returned is an answer; when no server gives any, that is an error of the cluster.
+    pub(super) async fn call<T, F>(
+        &self,
+        repeat: Repeat,
+        mut call: impl FnMut(Connection) -> F,
+    ) -> Result<Result<T, Fault>, Error>
+    where
+        F: Future<Output = Result<T, etcd_client::Error>>,
+    {
+        let mut failures = Vec::new();
+        let mut token_renewed = false;
+        let started = Instant::now();
+        loop {
+            let (connection, fresh) = self.connection(started, &mut failures).await?;
+            let outcome = match timeout(PATIENCE, call(connection.clone())).await {
+                Ok(outcome) => outcome.map_err(Fault::from),
+                Err(_) => Err(Fault::timed_out(PATIENCE)),
+            };
+            match outcome {
+                Err(Fault::Unreachable { reason, maybe_done }) => {
+                    self.discard(&connection).await;
+                    failures.push(self.failure(connection.server, reason));
+                    if maybe_done && repeat == Repeat::No {
+                        return Err(self.unavailable(&failures));
+                    }
+                }
+                Err(Fault::Broken { reason }) => {
+                    self.discard(&connection).await;
+                    let refused = fresh && self.servers[connection.server].is_secure();
+                    let hint = if refused {
+                        ": does it want --etcd-certfile and --etcd-keyfile?"
+                    } else {
+                        ""
+                    };
+                    let failure = self.failure(connection.server, format!("{reason}{hint}"));
+                    if repeat == Repeat::No {
+                        return Err(self.unavailable(&[failure]));
+                    }
+                    // That an old connection is at its end says nothing about the server, which may run again.
+                    if fresh {
+                        failures.push(failure);
+                    }
+                }
+                // Connecting again gets a new token.
+                Err(Fault::StaleToken { .. }) if !token_renewed => {
+                    self.discard(&connection).await;
+                    token_renewed = true;
+                }
+                outcome => return Ok(outcome),
+            }
+        }
+    }
+
+    /// The connection that is there, or a new one to the first server that can be connected to and is not among
+    /// `failures`; and whether it is new.
+    async fn connection(&self, started: Instant, failures: &mut Vec<Failure>) -> Result<(Connection, bool), Error> {
+        let mut state = self.state.lock().await;
+        if let Some(connection) = &state.connected
+            && failures.iter().all(|failure| failure.server != connection.server)
+        {
+            return Ok((connection.clone(), false));
+        }
+        // Many tasks may have waited here while one found out that there is no server; once is enough.
+        if let Some((when, failed)) = state
+            .failed
+            .as_ref()
+            .filter(|(when, _)| failures.is_empty() && *when > started)
+        {
+            tracing::trace!(?when, "no etcd server a moment ago");
+            return Err(self.unavailable(failed));
+        }
+        for server in (0..self.servers.len()).map(|step| (state.first + step) % self.servers.len()) {
+            if failures.iter().any(|failure| failure.server == server) {
+                continue;
+            }
+            match self.connect(server).await {
+                Ok(connection) => {
+                    tracing::debug!(server = self.servers[server].url, "connected to etcd");
+                    state.first = server;
+                    state.connected = Some(connection.clone());
+                    return Ok((connection, true));
+                }
+                Err(failure) => failures.push(failure),
+            }
+        }
+        state.failed = Some((Instant::now(), failures.clone()));
+        Err(self.unavailable(failures))
+    }
+
+    async fn connect(&self, server: usize) -> Result<Connection, Failure> {
+        let connect = async {
+            let channel = self.servers[server].endpoint.connect().await?;
+            self.log_in(Channel::Tonic(channel)).await
+        };
+        let outcome = timeout(PATIENCE, connect)
+            .await
+            .unwrap_or_else(|_| Err(Fault::timed_out(PATIENCE)));
+        let number = self.connections.fetch_add(1, Ordering::Relaxed);
+        match outcome {
+            Ok(client) => Ok(Connection { client, number, server }),
+            Err(Fault::Denied { reason }) => Err(Failure {
+                denied: true,
+                ..self.failure(server, reason)
+            }),
+            Err(
+                Fault::Unreachable { reason, .. }
+                | Fault::Broken { reason }
+                | Fault::Refused { reason }
+                | Fault::StaleToken { reason },
+            ) => Err(self.failure(server, reason)),
+            Err(fault) => Err(self.failure(server, format!("unexpected answer ({fault:?})"))),
+        }
+    }
+
+    async fn log_in(&self, channel: Channel) -> Result<Client, Fault> {
+        // A server that has lost its leader would otherwise keep a watch open that never tells anything.
+        let options = ConnectOptions::new().with_require_leader(true);
+        let Some(Credentials { username, password }) = &self.credentials else {
+            return Ok(Client::from_channel(channel, Some(options)).await?);
+        };
+        let with_user = options
+            .clone()
+            .with_user(username, password)
+            .with_auto_token_refresh(true);
+        match Client::from_channel(channel.clone(), Some(with_user))
+            .await
+            .map_err(Fault::from)
+        {
+            Err(Fault::AuthNotEnabled) => Ok(Client::from_channel(channel, Some(options)).await?),
+            outcome => outcome,
+        }
+    }
+
+    /// Gives up a connection that has failed; the next one is to another server, if there is one.
+    pub(super) async fn discard(&self, connection: &Connection) {
+        let mut state = self.state.lock().await;
+        if state
+            .connected
+            .as_ref()
+            .is_some_and(|connected| connected.number == connection.number)
+        {
+            state.connected = None;
+            state.first = (connection.server + 1) % self.servers.len();
+        }
+    }
+
+    /// The server that a connection leads to, for people.
+    pub(super) fn url(&self, connection: &Connection) -> &str {
+        &self.servers[connection.server].url
+    }
+
+    fn failure(&self, server: usize, reason: String) -> Failure {
+        tracing::debug!(server = self.servers[server].url, reason, "etcd server failed");
+        Failure {
+            server,
+            reason,
+            denied: false,
+        }
+    }
+
+    fn unavailable(&self, failures: &[Failure]) -> Error {
+        let registry = self.name.clone();
+        let reasons: Vec<String> = failures
+            .iter()
+            .map(|failure| format!("{}: {}", self.servers[failure.server].url, failure.reason))
+            .collect();
+        let reason = reasons.join("; ");
+        // Users and certificates are those of the cluster: what one server refuses, one that is down refuses as well.
+        if failures.iter().any(|failure| failure.denied) {
+            Error::Denied { registry, reason }
+        } else {
+            Error::Unavailable { registry, reason }
+        }
+    }
+}

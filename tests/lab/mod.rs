@@ -1,0 +1,395 @@
+//! What the black-box tests share: the real binary as a daemon on a host of the lab, and ways to look at what it does.
+//! The hosts themselves are `flannel::lab`, the same as in `flanneld demo`.
+#![allow(dead_code, reason = "each test program uses its own part of this")]
+
+pub(crate) mod certificates;
+pub(crate) mod etcd;
+pub(crate) mod stream;
+
+use flannel::lab::{
+    self, Container, Host, HostOptions, Lab, LabError, Namespace, Ping, Process, SubnetEnv, wait_for, wait_until,
+};
+use nix::{
+    sched::{CloneFlags, setns},
+    sys::signal::Signal,
+};
+use std::{
+    ffi::OsStr,
+    fs::{self, File},
+    io::{self, Read, Write},
+    net::{Ipv4Addr, SocketAddr, TcpStream},
+    os::unix::net::UnixDatagram,
+    path::PathBuf,
+    process::{Command, ExitStatus, Output},
+    sync::Once,
+    thread,
+    time::Duration,
+};
+
+/// The binary under test.
+pub(crate) const FLANNELD: &str = env!("CARGO_BIN_EXE_flanneld");
+
+/// Longer than anything here takes on a busy machine, so that what never comes fails the test.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The configuration of most tests: the `udp` backend in 10.5.0.0/16.
+pub(crate) const CONFIG: &str = r#"{"Network":"10.5.0.0/16"}"#;
+
+/// How much of a daemon's log a failed test shows.
+const LOG_LINES: usize = 40;
+
+/// An empty lab. The first one in a test program clears away what killed runs have left.
+pub(crate) fn new_lab(name: &str) -> Lab {
+    static SWEEP: Once = Once::new();
+    SWEEP.call_once(|| drop(Lab::sweep_stale().unwrap()));
+    Lab::new(name).unwrap()
+}
+
+/// Whether anything of the lab with this id is there: a namespace, or its directory.
+pub(crate) fn is_left(id: &str) -> bool {
+    let namespaces = fs::read_dir("/run/netns").unwrap();
+    let mut names = namespaces.filter_map(|entry| entry.unwrap().file_name().into_string().ok());
+    names.any(|name| name.starts_with(&format!("{id}-"))) || fs::exists(format!("/tmp/{id}")).unwrap()
+}
+
+/// The flags that lead flanneld to a registry.
+#[derive(Clone, Debug)]
+pub(crate) struct Registry {
+    flags: Vec<String>,
+}
+
+impl Registry {
+    /// The embedded one, in the lab's directory.
+    pub(crate) fn embedded(lab: &Lab) -> Registry {
+        Registry {
+            flags: vec![format!("--registry-dir={}", lab.dir().join("registry").display())],
+        }
+    }
+
+    /// An etcd, or several (comma separated).
+    pub(crate) fn etcd(urls: &str) -> Registry {
+        Registry {
+            flags: vec![format!("--etcd-endpoints={urls}")],
+        }
+    }
+
+    /// With one more flag: another prefix, TLS files, a password.
+    pub(crate) fn with(mut self, flag: impl Into<String>) -> Registry {
+        self.flags.push(flag.into());
+        self
+    }
+
+    /// Writes the network's configuration with `flanneld network set`, run in `ns`.
+    pub(crate) fn configure(&self, ns: &Namespace, json: &str) {
+        self.flanneld(ns, &["network", "set", json]);
+    }
+
+    /// What a subcommand of flanneld on this registry prints, run in `ns`; it must succeed.
+    pub(crate) fn flanneld(&self, ns: &Namespace, arguments: &[&str]) -> String {
+        let output = self.try_flanneld(ns, arguments);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            output.status.success(),
+            "flanneld {arguments:?}: {} {stderr}",
+            output.status
+        );
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// How a subcommand of flanneld on this registry ends, run in `ns`.
+    pub(crate) fn try_flanneld(&self, ns: &Namespace, arguments: &[&str]) -> Output {
+        flanneld(ns).args(arguments).args(&self.flags).output().unwrap()
+    }
+}
+
+/// A command that runs the binary in `ns`, free of what this process's environment says to daemons.
+pub(crate) fn flanneld(ns: &Namespace) -> Command {
+    let mut command = ns.command(FLANNELD);
+    lab::without_daemon_env(&mut command);
+    command
+}
+
+/// A flanneld on a host; first described, then [started](Daemon::start), and stopped and started again at will.
+/// It is killed when dropped, and shows the end of its log when that is because the test failed.
+#[derive(Debug)]
+pub(crate) struct Daemon {
+    name: String,
+    ns: Namespace,
+    dir: PathBuf,
+    flags: Vec<String>,
+    runs: usize,
+    process: Option<Process>,
+    /// Where `sd_notify` of the run under way arrives.
+    notify: Option<UnixDatagram>,
+}
+
+impl Daemon {
+    /// A daemon that uses `registry`, not started; the host's interface is chosen by the default route.
+    pub(crate) fn new(lab: &Lab, host: &Host, registry: &Registry) -> Daemon {
+        Daemon::named(host.name(), lab, host, registry)
+    }
+
+    /// As [`Daemon::new`], with another name than the host's: for a second one on the same host.
+    pub(crate) fn named(name: &str, lab: &Lab, host: &Host, registry: &Registry) -> Daemon {
+        let mut flags = registry.flags.clone();
+        flags.push(format!(
+            "--subnet-file={}",
+            lab.dir().join(format!("{name}.env")).display()
+        ));
+        Daemon {
+            name: name.to_owned(),
+            ns: host.ns().clone(),
+            dir: lab.dir().to_owned(),
+            flags,
+            runs: 0,
+            process: None,
+            notify: None,
+        }
+    }
+
+    /// With one more flag.
+    pub(crate) fn with(mut self, flag: impl Into<String>) -> Daemon {
+        self.flags.push(flag.into());
+        self
+    }
+
+    /// Starts it, again if it has run before.
+    pub(crate) fn start(&mut self) {
+        assert!(self.process.is_none(), "{} runs already", self.name);
+        self.runs += 1;
+        let socket = self.dir.join(format!("{}.{}.notify", self.name, self.runs));
+        let notify = UnixDatagram::bind(&socket).unwrap();
+        // Short, since between two messages it is looked whether the daemon still runs.
+        notify.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+        let mut command = flanneld(&self.ns);
+        command.args(&self.flags).env("NOTIFY_SOCKET", socket);
+        let log = self.dir.join(format!("{}.{}.log", self.name, self.runs));
+        self.process = Some(Process::spawn(&self.name, command, &log).unwrap());
+        self.notify = Some(notify);
+    }
+
+    /// Starts it and waits until it is ready.
+    pub(crate) fn start_and_wait(&mut self) -> SubnetEnv {
+        self.start();
+        self.wait_ready()
+    }
+
+    /// Waits until it tells its supervisor `READY=1`; what its subnet file says then.
+    pub(crate) fn wait_ready(&mut self) -> SubnetEnv {
+        wait_for(PATIENCE, &format!("{} to be ready", self.name), || {
+            self.assert_running();
+            let mut message = [0; 512];
+            let notify = self.notify.as_ref().expect("start() was called");
+            Ok::<_, LabError>(match notify.recv(&mut message) {
+                Ok(len) if message[..len].split(|&b| b == b'\n').any(|line| line == b"READY=1") => Some(()),
+                _ => None,
+            })
+        })
+        .unwrap();
+        self.subnet()
+    }
+
+    /// What its subnet file says.
+    pub(crate) fn subnet(&self) -> SubnetEnv {
+        SubnetEnv::read(&self.subnet_file()).unwrap()
+    }
+
+    /// Where its subnet file is.
+    pub(crate) fn subnet_file(&self) -> PathBuf {
+        self.dir.join(format!("{}.env", self.name))
+    }
+
+    /// The process of the run under way.
+    pub(crate) fn process(&mut self) -> &mut Process {
+        self.process.as_mut().expect("start() was called")
+    }
+
+    /// Ends it with SIGTERM, as its supervisor would.
+    pub(crate) fn stop(&mut self) -> ExitStatus {
+        self.end_with(Signal::SIGTERM)
+    }
+
+    /// Sends `signal` and waits for the daemon to end in its own time.
+    pub(crate) fn end_with(&mut self, signal: Signal) -> ExitStatus {
+        self.process().signal(signal);
+        self.wait_exit()
+    }
+
+    /// Waits for it to end by itself.
+    pub(crate) fn wait_exit(&mut self) -> ExitStatus {
+        let status = self.process().wait(PATIENCE).unwrap();
+        self.remember_log();
+        status
+    }
+
+    /// Ends it with SIGKILL: it has no chance to put anything in order.
+    pub(crate) fn kill9(&mut self) {
+        self.process().kill();
+        self.remember_log();
+    }
+
+    /// What it has logged in the run under way, or else in the last one.
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.dir.join(format!("{}.{}.log", self.name, self.runs))).unwrap_or_default()
+    }
+
+    /// Waits until a line of the log contains `text`; the line.
+    pub(crate) fn wait_for_log(&self, text: &str) -> String {
+        let what = format!("{} to log `{text}`", self.name);
+        let line = || self.log().lines().find(|line| line.contains(text)).map(str::to_owned);
+        wait_for(PATIENCE, &what, || Ok::<_, LabError>(line())).unwrap()
+    }
+
+    /// Fails the test when it has ended.
+    pub(crate) fn assert_running(&mut self) {
+        let exited = self.process().exited();
+        assert!(
+            exited.is_none(),
+            "{} has ended: {}\n{}",
+            self.name,
+            exited.unwrap(),
+            self.log()
+        );
+    }
+
+    fn remember_log(&mut self) {
+        self.process = None;
+        self.notify = None;
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            eprintln!(
+                "--- the end of {}'s log\n{}\n---",
+                self.name,
+                lab::tail(&self.log(), LOG_LINES)
+            );
+        }
+    }
+}
+
+/// Hosts with a running daemon and a container each, on the embedded registry or on one that is given.
+/// The order of the fields is that in which they go.
+pub(crate) struct Overlay {
+    pub(crate) daemons: Vec<Daemon>,
+    pub(crate) containers: Vec<Container>,
+    pub(crate) hosts: Vec<Host>,
+    pub(crate) registry: Registry,
+    pub(crate) lab: Lab,
+}
+
+impl Overlay {
+    /// `count` hosts on the embedded registry, with [`CONFIG`]; all daemons are ready.
+    pub(crate) fn start(name: &str, count: usize) -> Overlay {
+        let lab = new_lab(name);
+        let registry = Registry::embedded(&lab);
+        Overlay::start_on(lab, registry, CONFIG, count)
+    }
+
+    /// `count` hosts in `lab`, with this registry and network configuration.
+    pub(crate) fn start_on(lab: Lab, registry: Registry, config: &str, count: usize) -> Overlay {
+        let plain = vec![(HostOptions::default(), &[][..]); count];
+        Overlay::start_hosts(lab, registry, config, &plain)
+    }
+
+    /// Hosts that differ: how each is attached, and more flags for its daemon.
+    pub(crate) fn start_hosts(
+        mut lab: Lab,
+        registry: Registry,
+        config: &str,
+        wanted: &[(HostOptions, &[&str])],
+    ) -> Overlay {
+        let mut hosts = Vec::new();
+        let mut daemons = Vec::new();
+        for (number, (options, flags)) in (1..).zip(wanted) {
+            let host = lab.host_with(&format!("h{number}"), options).unwrap();
+            daemons.push(
+                flags
+                    .iter()
+                    .fold(Daemon::new(&lab, &host, &registry), |daemon, flag| daemon.with(*flag)),
+            );
+            hosts.push(host);
+        }
+        registry.configure(hosts[0].ns(), config);
+        daemons.iter_mut().for_each(Daemon::start);
+        let containers = (1..)
+            .zip(hosts.iter_mut().zip(&mut daemons))
+            .map(|(n, (host, daemon))| host.add_container(&format!("c{n}"), daemon.wait_ready()).unwrap())
+            .collect();
+        Overlay {
+            daemons,
+            containers,
+            hosts,
+            registry,
+            lab,
+        }
+    }
+
+    /// Fails the test unless each container reaches each other, once the peers had time to learn of one another.
+    pub(crate) fn assert_all_reach_all(&self) {
+        for (i, from) in self.containers.iter().enumerate() {
+            for to in &self.containers[i + 1..] {
+                assert_reaches(&from.ns, to.ip);
+            }
+        }
+    }
+}
+
+/// One run of ping with `count` requests.
+pub(crate) fn ping(from: &Namespace, to: Ipv4Addr, count: u32) -> Ping {
+    Ping::run(from, to.into(), count).unwrap()
+}
+
+/// Fails the test unless `to` answers sooner or later.
+pub(crate) fn assert_reaches(from: &Namespace, to: Ipv4Addr) {
+    let what = format!("{to} to answer a ping from {}", from.name());
+    wait_until(PATIENCE, &what, || ping(from, to, 1).received == 1).unwrap();
+}
+
+/// Fails the test unless `to` stops answering sooner or later.
+pub(crate) fn assert_loses(from: &Namespace, to: Ipv4Addr) {
+    let what = format!("{to} to no longer answer a ping from {}", from.name());
+    wait_until(PATIENCE, &what, || ping(from, to, 1).received == 0).unwrap();
+}
+
+/// Runs `work` in a thread inside the namespace and returns its result: sockets opened there stay there.
+pub(crate) fn inside<T: Send>(ns: &Namespace, work: impl FnOnce() -> T + Send) -> T {
+    thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            // Only the calling thread changes its namespace, and it ends here.
+            setns(File::open(ns.path()).unwrap(), CloneFlags::CLONE_NEWNET).unwrap();
+            work()
+        });
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// The status code and the body that `GET path` gets from `address` inside the namespace.
+pub(crate) fn http_get(ns: &Namespace, address: SocketAddr, path: &str) -> io::Result<(u16, String)> {
+    inside(ns, || {
+        let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        write!(
+            stream,
+            "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n"
+        )?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let code = answer.split(' ').nth(1).and_then(|code| code.parse().ok());
+        let (_, body) = answer.split_once("\r\n\r\n").unwrap_or_default();
+        code.map(|code| (code, body.to_owned()))
+            .ok_or_else(|| io::Error::other(answer.clone()))
+    })
+}
+
+/// Runs a program in the namespace; its standard output, whatever its exit status.
+pub(crate) fn output_of(
+    ns: &Namespace,
+    program: &str,
+    arguments: impl IntoIterator<Item = impl AsRef<OsStr>>,
+) -> String {
+    let output = ns.command(program).args(arguments).output().unwrap();
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}

@@ -1,0 +1,282 @@
+//! The daemon's life: start, readiness, every way of ending, restart, and the accidents with leases. Needs root.
+
+mod lab;
+
+use flannel::lab::{Host, Lab};
+use lab::{CONFIG, Daemon, Overlay, Registry, assert_reaches, http_get, new_lab};
+use nix::sys::signal::Signal;
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+/// A lab with one host and a configured embedded registry.
+fn one_host(name: &str) -> (Lab, Host, Registry) {
+    let mut lab = new_lab(name);
+    let host = lab.host("h1").unwrap();
+    let registry = Registry::embedded(&lab);
+    registry.configure(host.ns(), CONFIG);
+    (lab, host, registry)
+}
+
+fn has_device(host: &Host) -> bool {
+    host.ns().ip("-br link").unwrap().contains("flannel0")
+}
+
+#[test]
+fn sigterm_and_sigint_end_a_running_daemon_cleanly() {
+    let (lab, host, registry) = one_host("signals");
+    let mut daemon = Daemon::new(&lab, &host, &registry);
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        daemon.start_and_wait();
+        assert!(has_device(&host));
+        assert_eq!(daemon.end_with(signal).code(), Some(0), "{}", daemon.log());
+        assert!(!has_device(&host));
+    }
+}
+
+#[test]
+fn a_waiting_daemon_ends_on_a_signal_too() {
+    let mut lab = new_lab("waiting");
+    let host = lab.host("h1").unwrap();
+    let unconfigured = Registry::embedded(&lab);
+    // Nothing listens there.
+    let unreachable = Registry::etcd(&format!("http://{}:2379", host.ip()));
+    // Packets to there vanish.
+    let silent = Registry::etcd("http://192.168.77.200:2379");
+    for (name, registry, said) in [
+        ("unconfigured", unconfigured, "no network configuration"),
+        ("unreachable", unreachable, "connection refused"),
+        ("silent", silent, "external interface"),
+    ] {
+        let mut daemon = Daemon::named(name, &lab, &host, &registry);
+        for signal in [Signal::SIGTERM, Signal::SIGINT] {
+            daemon.start();
+            daemon.wait_for_log(said);
+            let asked = Instant::now();
+            assert_eq!(daemon.end_with(signal).code(), Some(0), "{}", daemon.log());
+            assert!(
+                asked.elapsed() < Duration::from_secs(4),
+                "{name}: {:?}",
+                asked.elapsed()
+            );
+        }
+    }
+}
+
+#[test]
+fn a_configuration_that_comes_later_is_waited_for_and_asked_for_once() {
+    let mut lab = new_lab("later");
+    let host = lab.host("h1").unwrap();
+    let registry = Registry::embedded(&lab);
+    let mut daemon = Daemon::new(&lab, &host, &registry);
+    daemon.start();
+    daemon.wait_for_log("no network configuration at /coreos.com/network/config");
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(
+        daemon.log().matches("no network configuration").count(),
+        1,
+        "{}",
+        daemon.log()
+    );
+    registry.configure(host.ns(), CONFIG);
+    daemon.wait_ready();
+}
+
+#[test]
+fn restart_and_kill_9_keep_subnet_and_reach() {
+    let mut overlay = Overlay::start("restart", 2);
+    overlay.assert_all_reach_all();
+    let before = overlay.daemons[0].subnet();
+    for kill in [false, true, true] {
+        if kill {
+            overlay.daemons[0].kill9();
+        } else {
+            assert!(overlay.daemons[0].stop().success());
+        }
+        let begun = Instant::now();
+        assert_eq!(overlay.daemons[0].start_and_wait(), before);
+        assert!(
+            begun.elapsed() < Duration::from_secs(5),
+            "the claim of the killed daemon was waited for"
+        );
+        overlay.assert_all_reach_all();
+    }
+    // Also when the subnet file is lost: the lease carries the PublicIP.
+    overlay.daemons[0].kill9();
+    std::fs::remove_file(overlay.daemons[0].subnet_file()).unwrap();
+    assert_eq!(overlay.daemons[0].start_and_wait(), before);
+}
+
+#[test]
+fn health_and_readiness_are_told_apart() {
+    let mut lab = new_lab("health");
+    let host = lab.host("h1").unwrap();
+    let registry = Registry::embedded(&lab);
+    let mut daemon = Daemon::new(&lab, &host, &registry)
+        .with("--healthz-port=8471")
+        .with("--healthz-ip=127.0.0.1");
+    let address: SocketAddr = "127.0.0.1:8471".parse().unwrap();
+    let get = |path| http_get(host.ns(), address, path).unwrap().0;
+    daemon.start();
+    daemon.wait_for_log("no network configuration");
+    assert_eq!((get("/healthz"), get("/readyz"), get("/nothing")), (200, 503, 404));
+    registry.configure(host.ns(), CONFIG);
+    daemon.wait_ready();
+    assert_eq!((get("/healthz"), get("/readyz")), (200, 200));
+
+    let mut second = Daemon::named("h1b", &lab, &host, &registry)
+        .with("--healthz-port=8471")
+        .with("--healthz-ip=127.0.0.1");
+    second.start();
+    assert_eq!(second.wait_exit().code(), Some(1));
+    assert!(
+        second.log().contains("cannot open the health port 127.0.0.1:8471"),
+        "{}",
+        second.log()
+    );
+}
+
+#[test]
+fn a_daemon_whose_lease_is_taken_away_says_so_and_ends() {
+    let mut overlay = Overlay::start("revoked", 2);
+    overlay.assert_all_reach_all();
+    let subnet = overlay.daemons[0].subnet().subnet.trunc().to_string();
+    overlay
+        .registry
+        .flanneld(overlay.hosts[0].ns(), &["leases", "release", &subnet]);
+    assert_eq!(
+        overlay.daemons[0].wait_exit().code(),
+        Some(1),
+        "a supervisor restarts it"
+    );
+    assert!(
+        overlay.daemons[0].log().contains("was revoked"),
+        "{}",
+        overlay.daemons[0].log()
+    );
+    assert!(!has_device(&overlay.hosts[0]));
+    overlay.daemons[1].wait_for_log(&format!("peer {subnet} is gone"));
+}
+
+#[test]
+fn a_reservation_is_honoured_and_stays() {
+    let (lab, host, registry) = one_host("reserved");
+    registry.flanneld(
+        host.ns(),
+        &[
+            "leases",
+            "reserve",
+            "10.5.77.0/24",
+            "--public-ip",
+            &host.ip().to_string(),
+        ],
+    );
+    let mut daemon = Daemon::new(&lab, &host, &registry);
+    assert_eq!(daemon.start_and_wait().subnet, "10.5.77.1/24".parse().unwrap());
+    daemon.stop();
+    let leases = registry.flanneld(host.ns(), &["leases", "list", "--json"]);
+    let leases: serde_json::Value = serde_json::from_str(&leases).unwrap();
+    assert_eq!(leases.as_array().unwrap().len(), 1, "{leases}");
+    let listed = registry.flanneld(host.ns(), &["leases", "list"]);
+    assert!(
+        listed.contains("10.5.77.0/24") && listed.contains("reservation"),
+        "{listed}"
+    );
+}
+
+#[test]
+fn the_subnet_files_subnet_is_taken_again_when_the_lease_is_lost() {
+    let (lab, host, registry) = one_host("previous");
+    let mut daemon = Daemon::new(&lab, &host, &registry);
+    let before = daemon.start_and_wait();
+    assert!(daemon.stop().success());
+    registry.flanneld(host.ns(), &["leases", "release", &before.subnet.trunc().to_string()]);
+    assert_eq!(daemon.start_and_wait(), before);
+}
+
+#[test]
+fn a_lease_that_no_longer_fits_the_network_is_exchanged() {
+    let (lab, host, registry) = one_host("unfit");
+    let mut daemon = Daemon::new(&lab, &host, &registry);
+    daemon.start_and_wait();
+    assert!(daemon.stop().success());
+    registry.flanneld(
+        host.ns(),
+        &["network", "set", r#"{"Network":"10.9.0.0/16"}"#, "--force"],
+    );
+    let subnet = daemon.start_and_wait().subnet;
+    assert!(subnet.to_string().starts_with("10.9."), "{subnet}");
+    let leases = registry.flanneld(host.ns(), &["leases", "list"]);
+    assert!(!leases.contains("10.5."), "{leases}");
+}
+
+#[test]
+fn a_second_host_with_the_same_public_ip_is_refused_while_the_first_is_alive() {
+    let mut overlay = Overlay::start("twice", 2);
+    overlay.assert_all_reach_all();
+    let claimed = overlay.hosts[0].ip();
+    let impostor = overlay.lab.host("h3").unwrap();
+    let mut third = Daemon::new(&overlay.lab, &impostor, &overlay.registry)
+        .with(format!("--public-ip={claimed}"))
+        .with("--iface=eth0");
+    third.start();
+    assert_eq!(third.wait_exit().code(), Some(1));
+    let log = third.log();
+    for part in [
+        "belongs to another flanneld that is alive",
+        &claimed.to_string(),
+        "--iface",
+        "NAT",
+    ] {
+        assert!(log.contains(part), "{part} is not in {log}");
+    }
+    overlay.assert_all_reach_all();
+
+    // When the first one is gone for good, its address is free.
+    assert!(overlay.daemons[0].stop().success());
+    third.start_and_wait();
+}
+
+#[test]
+fn an_exhausted_network_says_so_and_the_hosts_that_have_a_subnet_go_on() {
+    let mut lab = new_lab("full");
+    let hosts: Vec<Host> = (1..=3).map(|n| lab.host(&format!("h{n}")).unwrap()).collect();
+    let registry = Registry::embedded(&lab);
+    registry.configure(
+        hosts[0].ns(),
+        r#"{"Network":"10.5.0.0/16","SubnetMin":"10.5.1.0","SubnetMax":"10.5.2.0"}"#,
+    );
+    let mut daemons: Vec<Daemon> = hosts.iter().map(|host| Daemon::new(&lab, host, &registry)).collect();
+
+    // One has the first; two race for the last.
+    daemons[0].start_and_wait();
+    daemons[1].start();
+    daemons[2].start();
+    let loser = loop {
+        let [_, one, two] = &mut daemons[..] else {
+            unreachable!()
+        };
+        match (one.process().exited(), two.process().exited()) {
+            (Some(_), Some(_)) => panic!("both lost:\n{}\n{}", one.log(), two.log()),
+            (Some(_), None) => break 1,
+            (None, Some(_)) => break 2,
+            (None, None) => std::thread::sleep(Duration::from_millis(20)),
+        }
+    };
+    assert_eq!(daemons[loser].wait_exit().code(), Some(1));
+    assert!(
+        daemons[loser].log().contains("out of subnets"),
+        "{}",
+        daemons[loser].log()
+    );
+    let winner = 3 - loser;
+    let subnet = daemons[winner].wait_ready().subnet;
+    assert_ne!(subnet, daemons[0].subnet().subnet);
+    assert_reaches(hosts[winner].ns(), daemons[0].subnet().subnet.network());
+
+    // A subnet that is given back can be taken.
+    registry.flanneld(hosts[0].ns(), &["leases", "release", &subnet.trunc().to_string()]);
+    assert_eq!(daemons[winner].wait_exit().code(), Some(1));
+    daemons[loser].start_and_wait();
+}

@@ -1,0 +1,363 @@
+//! The `udp` overlay on real packets: hosts and containers in network namespaces, the real daemon on each. Needs root.
+
+mod lab;
+
+use flannel::{
+    lab::{HostOptions, Namespace, wait_until},
+    packet::{Ipv4Packet, build},
+};
+use lab::{
+    CONFIG, Daemon, Overlay, PATIENCE, Registry, assert_loses, assert_reaches, inside, new_lab, output_of, ping, stream,
+};
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket},
+    time::{Duration, Instant},
+};
+
+/// An address of the overlay that no host has leased: the demo's hosts never get so far.
+fn unleased(overlay: &Overlay) -> Ipv4Addr {
+    let leases = overlay.registry.flanneld(overlay.hosts[0].ns(), &["leases", "list"]);
+    let free = (1..=255)
+        .find(|third| !leases.contains(&format!("10.5.{third}.0/24")))
+        .unwrap();
+    Ipv4Addr::new(10, 5, free, 7)
+}
+
+/// How long a TCP connection attempt takes to fail, and how it does.
+fn refusal(from: &Namespace, to: Ipv4Addr) -> (Duration, io::ErrorKind) {
+    let start = Instant::now();
+    let attempt = inside(from, || {
+        TcpStream::connect_timeout(&SocketAddr::from((to, 80)), PATIENCE)
+    });
+    (start.elapsed(), attempt.unwrap_err().kind())
+}
+
+#[test]
+fn two_hosts_reach_each_other_and_the_time_to_live_counts_both_daemons() {
+    let overlay = Overlay::start("two", 2);
+    overlay.assert_all_reach_all();
+    let [from, to] = &overlay.containers[..] else {
+        unreachable!()
+    };
+    assert_eq!(
+        ping(&from.ns, to.ip, 1).ttl,
+        Some(60),
+        "from a container: two kernels, two daemons"
+    );
+    assert_eq!(
+        ping(overlay.hosts[0].ns(), to.ip, 1).ttl,
+        Some(61),
+        "from the host itself"
+    );
+}
+
+#[test]
+fn five_hosts_reach_one_another() {
+    Overlay::start("five", 5).assert_all_reach_all();
+}
+
+#[test]
+fn device_route_and_subnet_file_are_as_the_originals() {
+    let overlay = Overlay::start("device", 2);
+    let subnet = overlay.daemons[0].subnet().subnet;
+    let host = overlay.hosts[0].ns();
+    let link = host.ip("-d link show flannel0").unwrap();
+    for part in ["POINTOPOINT", "NOARP", "UP", "mtu 1472", "tun type tun pi off"] {
+        assert!(link.contains(part), "{part} is not in {link}");
+    }
+    let network_address = format!("inet {}/32", subnet.network());
+    assert!(host.ip("-4 addr show flannel0").unwrap().contains(&network_address));
+    assert_eq!(
+        host.ip("route show 10.5.0.0/16").unwrap().trim(),
+        "10.5.0.0/16 dev flannel0"
+    );
+    let file = std::fs::read_to_string(overlay.daemons[0].subnet_file()).unwrap();
+    assert_eq!(
+        file,
+        format!("FLANNEL_NETWORK=10.5.0.0/16\nFLANNEL_SUBNET={subnet}\nFLANNEL_MTU=1472\nFLANNEL_IPMASQ=false\n")
+    );
+    assert_eq!(subnet.addr().octets()[3], 1);
+    let sockets = output_of(host, "ss", ["-Hlun"]);
+    let bound = format!("{}:8285", overlay.hosts[0].ip());
+    assert!(sockets.contains(&bound), "{bound} is not in {sockets}");
+}
+
+#[test]
+fn a_destination_without_a_lease_is_unreachable_at_once_from_container_and_host() {
+    let overlay = Overlay::start("dead", 2);
+    let nowhere = unleased(&overlay);
+    for from in [&overlay.containers[0].ns, overlay.hosts[0].ns()] {
+        let output = output_of(from, "ping", ["-n", "-c", "1", "-W", "5", &nowhere.to_string()]);
+        assert!(output.contains("Destination Net Unreachable"), "{output}");
+        let (time, kind) = refusal(from, nowhere);
+        assert_eq!(kind, io::ErrorKind::NetworkUnreachable);
+        assert!(time < Duration::from_secs(3), "{time:?}");
+    }
+}
+
+#[test]
+fn traceroute_shows_each_hop() {
+    let overlay = Overlay::start("trace", 2);
+    overlay.assert_all_reach_all();
+    let [from, to] = &overlay.containers[..] else {
+        unreachable!()
+    };
+    let [near, far] = [0, 1].map(|host| overlay.daemons[host].subnet().subnet);
+    for method in ["-U", "-I"] {
+        let output = output_of(
+            &from.ns,
+            "traceroute",
+            ["-n", "-w", "5", "-q", "1", "-N", "1", method, &to.ip.to_string()],
+        );
+        let hops: Vec<&str> = output
+            .lines()
+            .skip(1)
+            .filter_map(|line| line.split_whitespace().nth(1))
+            .collect();
+        let expected = [near.addr(), near.addr(), far.addr(), far.network(), to.ip].map(|hop| hop.to_string());
+        assert_eq!(
+            hops, expected,
+            "own kernel, own daemon, far daemon, far kernel, container: {output}"
+        );
+    }
+}
+
+#[test]
+fn icmp_errors_are_rate_limited() {
+    let overlay = Overlay::start("limit", 2);
+    let nowhere = unleased(&overlay);
+    let from = &overlay.containers[0];
+    let before = unreachables(&from.ns);
+    let start = Instant::now();
+    inside(&from.ns, || {
+        let socket = UdpSocket::bind((from.ip, 0)).unwrap();
+        for _ in 0..50_000 {
+            // Errors that earlier ones brought back are of no interest here.
+            let _ = socket.send_to(b"anyone?", (nowhere, 9));
+        }
+    });
+    wait_until(PATIENCE, "the first errors", || unreachables(&from.ns) > before).unwrap();
+    let answers = unreachables(&from.ns) - before;
+    // 1,000 a second and a burst of 50 for each worker; the sender's kernel drops some of them, too.
+    let most = 1_000.0 * start.elapsed().as_secs_f64() + 50.0 * 64.0;
+    assert!((answers as f64) <= most, "{answers} answers in {:?}", start.elapsed());
+}
+
+/// How many ICMP "destination unreachable" messages the namespace has received.
+fn unreachables(ns: &Namespace) -> u64 {
+    let snmp = output_of(ns, "cat", ["/proc/net/snmp"]);
+    let mut icmp = snmp.lines().filter_map(|line| line.strip_prefix("Icmp: "));
+    let (names, values) = (icmp.next().unwrap(), icmp.next().unwrap());
+    let column = names.split(' ').position(|name| name == "InDestUnreachs").unwrap();
+    values.split(' ').nth(column).unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_large_transfer_arrives_whole_in_both_directions() {
+    let overlay = Overlay::start("bulk", 2);
+    overlay.assert_all_reach_all();
+    let [one, two] = &overlay.containers[..] else {
+        unreachable!()
+    };
+    for (from, to) in [(one, two), (two, one)] {
+        let listener = inside(&to.ns, || std::net::TcpListener::bind((to.ip, 7000))).unwrap();
+        let sending = inside(&from.ns, || TcpStream::connect((to.ip, 7000))).unwrap();
+        // A pattern whose period divides no segment size, so that lost or doubled bytes show.
+        let pattern: Vec<u8> = (0..8_388_593u32)
+            .map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8)
+            .collect();
+        let expected = pattern.clone();
+        let sender = std::thread::spawn(move || io::Write::write_all(&mut { sending }, &pattern).unwrap());
+        let mut received = Vec::new();
+        io::Read::read_to_end(&mut listener.accept().unwrap().0, &mut received).unwrap();
+        sender.join().unwrap();
+        assert!(
+            received == expected,
+            "{} bytes arrived, some of them wrong",
+            received.len()
+        );
+    }
+}
+
+#[test]
+fn packets_of_exactly_the_mtu_pass_and_larger_ones_are_answered_by_the_kernel() {
+    for (underlay, overlay_mtu) in [(1500, 1472), (1280, 1252), (576, 548), (9000, 8972)] {
+        let lab = new_lab("mtu");
+        lab.switch().ip(&format!("link set br0 mtu {underlay}")).unwrap();
+        let registry = Registry::embedded(&lab);
+        let host = HostOptions {
+            mtu: underlay,
+            ..HostOptions::default()
+        };
+        let mut overlay = Overlay::start_hosts(lab, registry, CONFIG, &[(host.clone(), &[]), (host, &[])]);
+        overlay.assert_all_reach_all();
+        assert_eq!(overlay.daemons[0].subnet().mtu, overlay_mtu);
+        let [from, to] = &overlay.containers[..] else {
+            unreachable!()
+        };
+        let ping_of = |payload: u32| {
+            let size = payload.to_string();
+            output_of(
+                &from.ns,
+                "ping",
+                ["-n", "-M", "do", "-c", "1", "-W", "3", "-s", &size, &to.ip.to_string()],
+            )
+        };
+        let fits = ping_of(overlay_mtu - 28);
+        assert!(fits.contains("1 received"), "underlay {underlay}: {fits}");
+        let beyond = ping_of(overlay_mtu - 27);
+        assert!(beyond.contains("0 received"), "underlay {underlay}: {beyond}");
+        overlay.daemons[0].assert_running();
+    }
+}
+
+#[test]
+fn the_number_of_workers_and_the_plain_device_are_the_users_choice() {
+    let lab = new_lab("choice");
+    let registry = Registry::embedded(&lab);
+    let hosts = [
+        (HostOptions::default(), &["--workers=5"][..]),
+        (HostOptions::default(), &["-tun=plain"]),
+    ];
+    let overlay = Overlay::start_hosts(lab, registry, CONFIG, &hosts);
+    overlay.daemons[0].wait_for_log("5 workers");
+    overlay.daemons[1].wait_for_log("1 worker,");
+    let device = |host: usize| overlay.hosts[host].ns().ip("-d link show flannel0").unwrap();
+    assert!(device(0).contains("numqueues 5"));
+    assert!(!device(1).contains("multi_queue"));
+    overlay.assert_all_reach_all();
+}
+
+#[test]
+fn a_second_daemon_on_the_same_host_serves_another_network() {
+    let mut lab = new_lab("second");
+    let mut hosts = vec![lab.host("h1").unwrap(), lab.host("h2").unwrap()];
+    let first = Registry::embedded(&lab);
+    let second = Registry::embedded(&lab).with("--etcd-prefix=/second/network");
+    first.configure(hosts[0].ns(), CONFIG);
+    second.configure(
+        hosts[0].ns(),
+        r#"{"Network":"10.6.0.0/16","Backend":{"Type":"udp","Port":8286}}"#,
+    );
+    let mut daemons = Vec::new();
+    for host in &hosts {
+        let mut one = Daemon::new(&lab, host, &first);
+        one.start_and_wait();
+        let mut other = Daemon::named(&format!("{}b", host.name()), &lab, host, &second);
+        other.start_and_wait();
+        other.wait_for_log("flannel1 is up");
+        daemons.push((one, other));
+    }
+    let subnets: Vec<_> = daemons.iter().map(|(_, second)| second.subnet()).collect();
+    let near = hosts[0].add_container("c1", subnets[0]).unwrap();
+    let far = hosts[1].add_container("c2", subnets[1]).unwrap();
+    assert_reaches(&near.ns, far.ip);
+
+    // Neither disturbs the other when it goes.
+    assert!(daemons[0].0.stop().success());
+    assert_reaches(&near.ns, far.ip);
+}
+
+#[test]
+fn two_networks_cannot_share_a_port() {
+    let mut lab = new_lab("port");
+    let host = lab.host("h1").unwrap();
+    let first = Registry::embedded(&lab);
+    let second = Registry::embedded(&lab).with("--etcd-prefix=/second/network");
+    first.configure(host.ns(), CONFIG);
+    second.configure(host.ns(), r#"{"Network":"10.6.0.0/16"}"#);
+    let mut daemon = Daemon::new(&lab, &host, &first);
+    daemon.start_and_wait();
+    let mut other = Daemon::named("h1b", &lab, &host, &second);
+    other.start();
+    assert_eq!(other.wait_exit().code(), Some(1));
+    assert!(other.log().contains("another process has the port"), "{}", other.log());
+    daemon.assert_running();
+}
+
+#[test]
+fn peers_come_move_and_go_while_packets_flow() {
+    let mut overlay = Overlay::start("move", 3);
+    overlay.assert_all_reach_all();
+    let [c1, c2, c3] = &overlay.containers[..] else {
+        unreachable!()
+    };
+    let bystander = stream::Stream::start(c1, c3, Duration::from_millis(2));
+
+    // Host 2 moves to another address: its daemon is started anew with the address it has now.
+    let host = overlay.hosts[1].ns();
+    assert!(overlay.daemons[1].stop().success());
+    let subnet = overlay.daemons[1].subnet().subnet;
+    overlay
+        .registry
+        .flanneld(host, &["leases", "release", &subnet.trunc().to_string()]);
+    assert_loses(&c1.ns, c2.ip);
+    host.ip("addr flush dev eth0").unwrap();
+    host.ip("addr add 192.168.77.99/24 dev eth0").unwrap();
+    host.ip("route add default via 192.168.77.254").unwrap();
+    overlay.daemons[1].start();
+    let again = overlay.daemons[1].wait_ready().subnet;
+    assert_eq!(again, subnet, "the subnet file's subnet is free: it is taken again");
+    assert_reaches(&c1.ns, c2.ip);
+    overlay.daemons[0].wait_for_log("at 192.168.77.99");
+
+    let report = bystander.finish();
+    assert_eq!(
+        report.lost, [0; 0],
+        "of {} datagrams between the other hosts",
+        report.sent
+    );
+    assert_eq!((report.duplicates, report.reordered), (0, 0));
+}
+
+#[test]
+fn a_lease_that_points_elsewhere_takes_its_traffic_along() {
+    let overlay = Overlay::start("repoint", 2);
+    let [one, two] = &overlay.hosts[..] else { unreachable!() };
+    // A lease written by hand, as a host that moved would write it: first at host 2, then at a socket of this test.
+    let decoy = Ipv4Addr::new(192, 168, 77, 254);
+    overlay.registry.flanneld(
+        one.ns(),
+        &["leases", "reserve", "10.5.250.0/24", "--public-ip", &decoy.to_string()],
+    );
+    let peer = inside(overlay.lab.switch(), || UdpSocket::bind((decoy, 8285))).unwrap();
+    peer.set_read_timeout(Some(PATIENCE)).unwrap();
+    overlay.daemons[0].wait_for_log("peer 10.5.250.0/24 at 192.168.77.254");
+
+    let from = &overlay.containers[0];
+    let sender = inside(&from.ns, || UdpSocket::bind((from.ip, 4000))).unwrap();
+    sender.send_to(b"hello", "10.5.250.9:5000").unwrap();
+    let mut datagram = [0; 2000];
+    let (length, source) = peer.recv_from(&mut datagram).unwrap();
+    assert_eq!(
+        source,
+        SocketAddr::from((one.ip(), 8285)),
+        "one socket for both directions"
+    );
+    let expected = build::Ipv4::new(from.ip, [10, 5, 250, 9].into())
+        .ttl(62)
+        .dont_fragment(true);
+    let sent = Ipv4Packet::new_checked(&datagram[..length]).unwrap();
+    assert!(sent.verify_checksum());
+    assert_eq!(
+        &datagram[..length],
+        expected.ident(sent.ident()).udp(4000, 5000, b"hello"),
+        "the bare IP packet"
+    );
+
+    // And back: a plain datagram with an IP packet in it, from a peer that is no flanneld.
+    let reply = build::Ipv4::new([10, 5, 250, 9].into(), from.ip).udp(5000, 4000, b"hello yourself");
+    peer.send_to(&reply, source).unwrap();
+    sender.set_read_timeout(Some(PATIENCE)).unwrap();
+    let (length, source) = sender.recv_from(&mut datagram).unwrap();
+    assert_eq!(&datagram[..length], b"hello yourself");
+    assert_eq!(source, "10.5.250.9:5000".parse().unwrap());
+
+    // Rubbish does no harm.
+    for rubbish in [&b""[..], b"x", &[0x45; 19], &[0x60; 39], &[0xff; 1472]] {
+        peer.send_to(rubbish, (one.ip(), 8285)).unwrap();
+    }
+    assert_reaches(&from.ns, overlay.containers[1].ip);
+    assert_reaches(two.ns(), from.ip);
+}
