@@ -296,7 +296,7 @@ fn tls_with_client_certificates_carries_an_overlay() {
     let refused = with_ca.try_flanneld(overlay.hosts[0].ns(), &["network", "get"]);
     assert_eq!(refused.status.code(), Some(1));
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-    assert!(said.contains("certificate"), "{said}");
+    assert!(said.contains("--etcd-certfile"), "{said}");
 }
 
 #[test]

@@ -38,10 +38,10 @@ fn open(directory: &Path) -> FileRegistry {
     FileRegistry::open(directory, PREFIX).unwrap()
 }
 
-/// Runs one of the ignored functions below in a process of its own.
+/// Runs the test `function` again in a process of its own, where [`child_directory`] tells it to be the other process.
 fn child(function: &str, directory: &Path) -> (Child, BufReader<ChildStdout>) {
     let mut child = Command::new(std::env::current_exe().unwrap())
-        .args(["--ignored", "--exact", "--nocapture", function])
+        .args(["--exact", "--nocapture", function])
         .env(DIRECTORY_VARIABLE, directory)
         .stdout(Stdio::piped())
         .spawn()
@@ -50,10 +50,9 @@ fn child(function: &str, directory: &Path) -> (Child, BufReader<ChildStdout>) {
     (child, output)
 }
 
-fn child_directory() -> PathBuf {
-    std::env::var_os(DIRECTORY_VARIABLE)
-        .expect("this is run by a test, not by hand")
-        .into()
+/// In a process that [`child`] started: the directory to work on.
+fn child_directory() -> Option<PathBuf> {
+    std::env::var_os(DIRECTORY_VARIABLE).map(PathBuf::from)
 }
 
 /// Creates what it can of the contested keys; the keys it won.
@@ -68,10 +67,8 @@ async fn contest(registry: &FileRegistry, value: &[u8]) -> Vec<String> {
     won
 }
 
-#[tokio::test]
-#[ignore = "the other process of two_processes_never_both_create_a_key"]
-async fn contest_as_child() {
-    let registry = open(&child_directory());
+async fn contest_as_child(directory: &Path) {
+    let registry = open(directory);
     println!("ready");
     for key in contest(&registry, b"child").await {
         println!("won {key}");
@@ -80,9 +77,12 @@ async fn contest_as_child() {
 
 #[tokio::test]
 async fn two_processes_never_both_create_a_key() {
+    if let Some(directory) = child_directory() {
+        return contest_as_child(&directory).await;
+    }
     let directory = TempDir::new("contest");
     let registry = open(&directory.0);
-    let (mut process, output) = child("contest_as_child", &directory.0);
+    let (mut process, output) = child("two_processes_never_both_create_a_key", &directory.0);
     let mut lines = output.lines().map(Result::unwrap);
     assert!(lines.any(|line| line.ends_with("ready")), "the child begins");
 
@@ -101,10 +101,8 @@ async fn two_processes_never_both_create_a_key() {
 }
 
 /// Writes to the registry for as long as it lives: records that grow and shrink the state, and a counter.
-#[tokio::test]
-#[ignore = "the process that a_process_killed_at_any_moment_leaves_a_whole_state kills"]
-async fn write_for_ever_as_child() {
-    let registry = open(&child_directory());
+async fn write_for_ever_as_child(directory: &Path) {
+    let registry = open(directory);
     let counter = registry.get("counter").await.unwrap();
     let mut count: u64 = counter.map_or(0, |record| String::from_utf8(record.value).unwrap().parse().unwrap());
     println!("ready");
@@ -118,11 +116,14 @@ async fn write_for_ever_as_child() {
 
 #[tokio::test]
 async fn a_process_killed_at_any_moment_leaves_a_whole_state() {
+    if let Some(directory) = child_directory() {
+        return write_for_ever_as_child(&directory).await;
+    }
     let directory = TempDir::new("killed");
     let registry = open(&directory.0);
     let (mut count, mut revision, mut progress) = (0, 0, 0);
     for round in 0..30_u64 {
-        let (mut process, output) = child("write_for_ever_as_child", &directory.0);
+        let (mut process, output) = child("a_process_killed_at_any_moment_leaves_a_whole_state", &directory.0);
         assert!(
             output.lines().any(|line| line.unwrap().ends_with("ready")),
             "the child begins"
@@ -163,7 +164,7 @@ async fn a_process_killed_at_any_moment_leaves_a_whole_state() {
 async fn a_watch_hears_another_process() {
     let directory = TempDir::new("heard");
     let (_, mut watch) = open(&directory.0).watch("counter").await.unwrap();
-    let (mut process, _output) = child("write_for_ever_as_child", &directory.0);
+    let (mut process, _output) = child("a_process_killed_at_any_moment_leaves_a_whole_state", &directory.0);
     let mut last = 0;
     for _ in 0..10 {
         let events = tokio::time::timeout(Duration::from_secs(20), watch.next())

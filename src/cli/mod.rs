@@ -427,10 +427,33 @@ mod tests {
         assert!(demo("demo --down").down);
     }
 
-    /// Run by [`the_environment_is_read`] in a process with an environment of its own.
     #[test]
-    #[ignore = "looks at variables that only its parent sets"]
-    fn in_an_environment() {
+    fn the_environment_is_read() {
+        // In a child of this test, since the environment belongs to the whole process.
+        const CHILD: &str = "FLANNEL_TEST_CHILD";
+        if env::var_os(CHILD).is_none() {
+            let child = process::Command::new(env::current_exe().unwrap())
+                .args(["--exact", "cli::tests::the_environment_is_read"])
+                .env_clear()
+                .envs([
+                    (CHILD, "1"),
+                    ("FLANNELD_IFACE", "eth0,eth1"),
+                    ("FLANNELD_IFACE_REGEX", "^10\\.[0-9]{1,3}\\."),
+                    ("FLANNELD_SUBNET_FILE", "/from/the/environment"),
+                    ("FLANNELD_IP_MASQ", "true"),
+                    ("FLANNELD_IPTABLES_FORWARD_RULES", "0"),
+                    ("FLANNELD_PUBLIC_IP", ""),
+                    ("FLANNELD_ETCD_ENDPOINTS", "http://192.0.2.1:2379,http://192.0.2.2:2379"),
+                    ("FLANNELD_ETCD_USERNAME", "root"),
+                    ("FLANNELD_ETCD_PASSWORD", "s3cret"),
+                    ("FLANNELD_V", "7"),
+                ])
+                .output()
+                .unwrap();
+            let output = String::from_utf8_lossy(&child.stdout);
+            assert!(child.status.success() && output.contains("1 passed"), "{output}");
+            return;
+        }
         let args = run("-subnet-file /from/the/command/line");
         assert_eq!(args.iface, ["eth0", "eth1"]);
         assert_eq!(args.iface_regex[0].as_str(), "^10\\.[0-9]{1,3}\\.");
@@ -448,28 +471,5 @@ mod tests {
         assert_eq!(registry.etcd_password.unwrap().expose(), "s3cret");
         assert_eq!(verbosity, 7);
         assert_eq!(invocation("").unwrap().registry.registry_dir, None);
-    }
-
-    #[test]
-    fn the_environment_is_read() {
-        let child = process::Command::new(env::current_exe().unwrap())
-            .args(["--exact", "--ignored", "cli::tests::in_an_environment"])
-            .env_clear()
-            .envs([
-                ("FLANNELD_IFACE", "eth0,eth1"),
-                ("FLANNELD_IFACE_REGEX", "^10\\.[0-9]{1,3}\\."),
-                ("FLANNELD_SUBNET_FILE", "/from/the/environment"),
-                ("FLANNELD_IP_MASQ", "true"),
-                ("FLANNELD_IPTABLES_FORWARD_RULES", "0"),
-                ("FLANNELD_PUBLIC_IP", ""),
-                ("FLANNELD_ETCD_ENDPOINTS", "http://192.0.2.1:2379,http://192.0.2.2:2379"),
-                ("FLANNELD_ETCD_USERNAME", "root"),
-                ("FLANNELD_ETCD_PASSWORD", "s3cret"),
-                ("FLANNELD_V", "7"),
-            ])
-            .output()
-            .unwrap();
-        let output = String::from_utf8_lossy(&child.stdout);
-        assert!(child.status.success() && output.contains("1 passed"), "{output}");
     }
 }

@@ -25,6 +25,9 @@ const LEASE_MINUTES: u64 = 24 * 60;
 /// More workers than this only take turns: a host has fewer queues on its network card.
 const MOST_WORKERS: usize = 64;
 
+/// What the original does with iptables and routes, and this version does not yet.
+const RULES: &str = "Traffic rules (accepted as the original's; this version installs none)";
+
 const INTERFACE: &str = "Interface (default: the one of the default route)";
 
 /// What `flanneld` without a subcommand is told.
@@ -109,7 +112,7 @@ pub struct RunArgs {
         default_missing_value = "true",
         value_parser = boolean,
         action = clap::ArgAction::Set,
-        help_heading = "Traffic rules"
+        help_heading = RULES
     )]
     pub ip_masq: bool,
 
@@ -124,7 +127,7 @@ pub struct RunArgs {
         default_missing_value = "true",
         value_parser = boolean,
         action = clap::ArgAction::Set,
-        help_heading = "Traffic rules"
+        help_heading = RULES
     )]
     pub ip_masq_fully_random_disable: bool,
 
@@ -135,7 +138,7 @@ pub struct RunArgs {
         value_name = "SECONDS",
         default_value = "5",
         value_parser = seconds,
-        help_heading = "Traffic rules"
+        help_heading = RULES
     )]
     pub iptables_resync: Duration,
 
@@ -150,7 +153,7 @@ pub struct RunArgs {
         default_missing_value = "true",
         value_parser = boolean,
         action = clap::ArgAction::Set,
-        help_heading = "Traffic rules"
+        help_heading = RULES
     )]
     pub iptables_forward_rules: bool,
 
@@ -165,7 +168,7 @@ pub struct RunArgs {
         default_missing_value = "true",
         value_parser = boolean,
         action = clap::ArgAction::Set,
-        help_heading = "Traffic rules"
+        help_heading = RULES
     )]
     pub ip_blackhole_route: bool,
 

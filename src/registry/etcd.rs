@@ -1,8 +1,8 @@
 //! The registry in an etcd v3 cluster.
 //!
 //! Nothing connects until it is needed, and everything that fails for want of a server can be called again: the
-//! connection to the cluster moves from server to server by itself (see [`Cluster`]). A running watch does not: it ends
-//! with the server it is on, and its owner takes a new picture and a new watch.
+//! connection to the cluster moves from server to server by itself (see `etcd/connection.rs`). A running watch does not:
+//! it ends with the server it is on, and its owner takes a new picture and a new watch.
 
 mod config;
 mod connection;
@@ -24,7 +24,7 @@ use etcd_client::{
 pub use self::config::{ConfigError, EtcdConfig};
 use self::{
     connection::{Cluster, Connection, Repeat},
-    reason::Fault,
+    reason::{Fault, NO_LEADER},
 };
 use super::{Error, Event, Record, Registry, Revision, TtlId, Watch, prefix::Prefix};
 
@@ -81,6 +81,10 @@ impl EtcdRegistry {
         let registry = self.describe();
         match fault {
             Fault::Unreachable { reason, .. } | Fault::Broken { reason } => Error::Unavailable { registry, reason },
+            Fault::NoLeader => Error::Unavailable {
+                registry,
+                reason: NO_LEADER.to_owned(),
+            },
             Fault::Denied { reason } | Fault::StaleToken { reason } => Error::Denied {
                 registry,
                 reason: format!("{tried} {key}: {reason}"),
@@ -425,16 +429,16 @@ impl EtcdWatch {
 
     /// The error that ends this watch. The next call goes to another server if this one has failed.
     async fn failed(&self, fault: Fault) -> Error {
-        let fault = match fault {
-            Fault::Unreachable { reason, .. } | Fault::Broken { reason } => {
-                self.registry.cluster.discard(&self.connection).await;
-                Fault::Broken {
-                    reason: format!("{}: {reason}", self.registry.cluster.url(&self.connection)),
-                }
-            }
-            fault => fault,
+        let reason = match fault {
+            Fault::Unreachable { reason, .. } | Fault::Broken { reason } => reason,
+            Fault::NoLeader => NO_LEADER.to_owned(),
+            fault => return self.registry.error("watching", &self.start, fault),
         };
-        self.registry.error("watching", &self.start, fault)
+        self.registry.cluster.discard(&self.connection).await;
+        Error::Unavailable {
+            registry: self.registry.describe(),
+            reason: format!("{}: {reason}", self.registry.cluster.url(&self.connection)),
+        }
     }
 
     fn event(&self, event: &etcd_client::Event) -> Option<Event> {

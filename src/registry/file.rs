@@ -7,7 +7,7 @@
 //!
 //! File work happens on the calling task. The state of a machine's daemons is a few kilobytes and each daemon changes it
 //! a few times an hour, so a thread pool would be more to go wrong than it saves. Only the wait for the lock is without
-//! a bound of its own, and that one is asynchronous and ends after [`LOCK_PATIENCE`].
+//! a bound of its own, and that one is asynchronous and ends after 5 s.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -179,7 +179,7 @@ impl FileRegistry {
         write().map_err(|error| self.failed("writing", &path, &error))
     }
 
-    /// Waits for the exclusive lock, at most [`LOCK_PATIENCE`].
+    /// Waits for the exclusive lock, at most 5 s.
     async fn lock(&self) -> Result<Locked<'_>, Error> {
         let path = self.path(LOCK_FILE);
         let attempt = async {

@@ -1,7 +1,7 @@
 //! The registry: where a network's configuration and its leases are kept.
 //!
 //! A [`Registry`] is a small transactional key-value store with keys that expire. Three of them exist: etcd v3 ([`etcd`]),
-//! a directory that the daemons of one machine share ([`file`]) and memory ([`memory`], for tests). All keys are relative
+//! a directory that the daemons of one machine share ([`mod@file`]) and memory ([`memory`], for tests). All keys are relative
 //! to one network's prefix (`config`, `subnets/10.5.34.0-24`, `hosts/192.0.2.1`): this layer knows nothing of what they
 //! mean.
 //!

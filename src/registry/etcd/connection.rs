@@ -17,13 +17,16 @@ use tokio::{
 
 use super::{
     config::{Credentials, Server},
-    reason::Fault,
+    reason::{Fault, NO_LEADER},
 };
 use crate::registry::Error;
 
 /// How long a server may take to accept a connection and the password, and then for each call. A healthy one takes
 /// milliseconds, a cluster that elects a leader about two seconds.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long to wait before the next server is asked when one has no leader; an election is over after a few of these.
+const ELECTION_PAUSE: Duration = Duration::from_millis(300);
 
 /// The cluster, of which one server is connected at a time.
 pub(super) struct Cluster {
@@ -97,7 +100,7 @@ impl Cluster {
         F: Future<Output = Result<T, etcd_client::Error>>,
     {
         let mut failures = Vec::new();
-        let mut token_renewed = false;
+        let (mut token_renewed, mut replaced) = (false, false);
         let started = Instant::now();
         loop {
             let (connection, fresh) = self.connection(started, &mut failures).await?;
@@ -115,19 +118,27 @@ impl Cluster {
                 }
                 Err(Fault::Broken { reason }) => {
                     self.discard(&connection).await;
-                    let refused = fresh && self.servers[connection.server].is_secure();
-                    let hint = if refused {
-                        ": does it want --etcd-certfile and --etcd-keyfile?"
-                    } else {
-                        ""
+                    let hint = match (fresh, self.servers[connection.server].is_secure()) {
+                        (false, _) => "",
+                        (true, true) => ": does it want --etcd-certfile and --etcd-keyfile?",
+                        (true, false) => ": does it want https?",
                     };
                     let failure = self.failure(connection.server, format!("{reason}{hint}"));
                     if repeat == Repeat::No {
                         return Err(self.unavailable(&[failure]));
                     }
                     // That an old connection is at its end says nothing about the server, which may run again.
-                    if fresh {
+                    if fresh || replaced {
                         failures.push(failure);
+                    }
+                    replaced = true;
+                }
+                Err(Fault::NoLeader) => {
+                    self.discard(&connection).await;
+                    if started.elapsed() < PATIENCE {
+                        tokio::time::sleep(ELECTION_PAUSE).await;
+                    } else {
+                        failures.push(self.failure(connection.server, NO_LEADER.to_owned()));
                     }
                 }
                 // Connecting again gets a new token.
@@ -150,12 +161,10 @@ impl Cluster {
             return Ok((connection.clone(), false));
         }
         // Many tasks may have waited here while one found out that there is no server; once is enough.
-        if let Some((when, failed)) = state
-            .failed
-            .as_ref()
-            .filter(|(when, _)| failures.is_empty() && *when > started)
+        if let Some((when, failed)) = &state.failed
+            && failures.is_empty()
+            && *when > started
         {
-            tracing::trace!(?when, "no etcd server a moment ago");
             return Err(self.unavailable(failed));
         }
         for server in (0..self.servers.len()).map(|step| (state.first + step) % self.servers.len()) {
@@ -197,6 +206,7 @@ impl Cluster {
                 | Fault::Refused { reason }
                 | Fault::StaleToken { reason },
             ) => Err(self.failure(server, reason)),
+            Err(Fault::NoLeader) => Err(self.failure(server, NO_LEADER.to_owned())),
             Err(fault) => Err(self.failure(server, format!("unexpected answer ({fault:?})"))),
         }
     }

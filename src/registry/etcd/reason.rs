@@ -5,6 +5,11 @@ use std::{error::Error as StdError, io};
 use rustls::{CertificateError, InvalidMessage};
 use tonic::{Code, ConnectError, Status};
 
+/// For a server that answers [`Fault::NoLeader`].
+pub(super) const NO_LEADER: &str = "its cluster has no leader (are more than half of its members up?)";
+
+const CLOSED: &str = "the server closed the connection";
+
 /// What a failed call means for what to do next.
 #[derive(Debug)]
 pub(super) enum Fault {
@@ -16,6 +21,8 @@ pub(super) enum Fault {
     },
     /// The connection ended while the server had the call; whether it has carried it out is not known.
     Broken { reason: String },
+    /// The server has no leader and has done nothing: there is an election, or it is cut off from the others.
+    NoLeader,
     /// The token that stands for user and password is missing or no longer good; a new one may be.
     StaleToken { reason: String },
     /// The server refuses this client.
@@ -92,9 +99,10 @@ impl From<Status> for Fault {
             (_, "mvcc: database space exceeded") => Fault::Refused {
                 reason: "etcd is full: compact and defragment it, then etcdctl alarm disarm".to_owned(),
             },
+            (_, "no leader") => Fault::NoLeader,
             (_, "mvcc: required revision has been compacted") => Fault::Compacted,
             (_, "requested lease not found") => Fault::NoLease,
-            // No leader, leader changed, timed out inside, stopped, a proxy's word, a stream that just ended.
+            // Leader changed, timed out inside, stopped, a proxy's word, a stream that just ended.
             (Code::Unavailable | Code::Cancelled | Code::DeadlineExceeded | Code::Unknown | Code::Internal, _) => {
                 Fault::Unreachable {
                     reason,
@@ -107,13 +115,19 @@ impl From<Status> for Fault {
 }
 
 fn unreached(reason: String) -> Fault {
+    let reason = if reason == CLOSED {
+        format!("{CLOSED} at once: is it http where you wrote https?")
+    } else {
+        reason
+    };
     Fault::Unreachable {
         reason,
         maybe_done: false,
     }
 }
 
-fn broken(reason: String) -> Fault {
+fn broken(cause: String) -> Fault {
+    let reason = format!("connection lost ({cause})");
     Fault::Broken { reason }
 }
 
@@ -153,9 +167,7 @@ fn io_reason(kind: io::ErrorKind) -> Option<&'static str> {
         io::ErrorKind::ConnectionReset
         | io::ErrorKind::ConnectionAborted
         | io::ErrorKind::BrokenPipe
-        | io::ErrorKind::UnexpectedEof => {
-            "the server closed the connection (does the scheme, http or https, match the server's?)"
-        }
+        | io::ErrorKind::UnexpectedEof => CLOSED,
         _ => return None,
     })
 }
@@ -232,11 +244,13 @@ mod tests {
     }
 
     #[test]
-    fn a_lost_leader_is_worth_another_server() {
-        let fault = Fault::from(Status::unavailable("etcdserver: no leader"));
+    fn a_missing_leader_is_told_from_one_that_changed_meanwhile() {
+        let missing = Fault::from(Status::unavailable("etcdserver: no leader"));
+        assert!(matches!(missing, Fault::NoLeader), "{missing:?}");
+        let changed = Fault::from(Status::unavailable("etcdserver: leader changed"));
         assert!(
-            matches!(fault, Fault::Unreachable { maybe_done: true, .. }),
-            "{fault:?}"
+            matches!(changed, Fault::Unreachable { maybe_done: true, .. }),
+            "{changed:?}"
         );
     }
 
