@@ -366,6 +366,6 @@ mod tests {
         tokio::task::yield_now().await;
         watch.registry.set_available(true);
         watch.delete(OWN).await;
-        assert!(watch.task.await.unwrap().to_string().contains("10.5.1.0-24"));
+        assert!(watch.task.await.unwrap().to_string().contains("10.5.1.0/24"));
     }
 }
