@@ -14,8 +14,11 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 pub use control::{lease_value, network_config, subnet_file, subnet_key};
 
+/// A target: panics if `data` breaks a promise.
+pub type Target = fn(data: &[u8]);
+
 /// All targets by name.
-pub const TARGETS: &[(&str, fn(&[u8]))] = &[
+pub const TARGETS: &[(&str, Target)] = &[
     ("icmp", icmp),
     ("ipv4", ipv4),
     ("ipv6", ipv6),

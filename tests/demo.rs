@@ -63,6 +63,15 @@ impl Drop for Demo {
     }
 }
 
+/// A test that fails must not leave its lab either.
+struct TakeDown;
+
+impl Drop for TakeDown {
+    fn drop(&mut self) {
+        run(&["--down"]);
+    }
+}
+
 fn run(arguments: &[&str]) -> Output {
     Command::new(FLANNELD).arg("demo").args(arguments).output().unwrap()
 }
@@ -158,6 +167,7 @@ fn kept_lab_goes_on_working_until_it_is_taken_down() {
     let out = String::from_utf8(kept.stdout).unwrap();
     assert!(kept.status.success(), "{out}");
     let id = lab_in(&out);
+    let _cleanup = TakeDown;
     assert!(is_left(&id), "{out}");
 
     // The line that the demo prints, word for word, but for an end.

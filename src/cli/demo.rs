@@ -30,6 +30,9 @@ const NETWORK: &str = "10.5.0.0/16";
 /// How long etcd may take to come up, on a slow disk.
 const ETCD_LIMIT: Duration = Duration::from_secs(30);
 
+/// How long a subcommand may take; it gives up on a registry that does not answer sooner by itself.
+const SUBCOMMAND_LIMIT: Duration = Duration::from_secs(15);
+
 /// How long the daemons may take from their start to the subnet file.
 const READY_LIMIT: Duration = Duration::from_secs(30);
 
@@ -333,19 +336,26 @@ impl Demo {
             }
             match self.flanneld(&["network", "set", "--network", NETWORK]) {
                 Ok(_) => return Ok(()),
-                Err(_) if self.etcd.is_some() && start.elapsed() < ETCD_LIMIT => std::thread::sleep(LOOK_AGAIN),
-                Err(error) => return Err(error.into()),
+                Err(DemoError::Lab(_)) if self.etcd.is_some() && start.elapsed() < ETCD_LIMIT => {
+                    std::thread::sleep(LOOK_AGAIN);
+                }
+                Err(error) => {
+                    if matches!(error, DemoError::Lab(_)) {
+                        show_log(self.etcd.as_ref());
+                    }
+                    return Err(error);
+                }
             }
         }
     }
 
     /// Runs a subcommand of flanneld on the first host.
-    fn flanneld(&self, arguments: &[&str]) -> Result<String, LabError> {
+    fn flanneld(&self, arguments: &[&str]) -> Result<String, DemoError> {
         let mut command = self.nodes[0].host.ns().command(&self.flanneld);
         lab::without_daemon_env(&mut command)
             .args(arguments)
             .args(&self.registry);
-        lab::run(&mut command)
+        lab::run_within(&mut command, SUBCOMMAND_LIMIT, || self.check_interrupt())
     }
 
     /// A program that runs for as long as the lab is up.
@@ -508,7 +518,7 @@ impl Demo {
         Ok(())
     }
 
-    fn leases(&self) -> Result<String, LabError> {
+    fn leases(&self) -> Result<String, DemoError> {
         self.flanneld(&["leases", "list"])
     }
 

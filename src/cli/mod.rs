@@ -83,7 +83,7 @@ pub enum Action {
 #[derive(Debug, Clone, PartialEq, Eq, Args)]
 pub struct DemoArgs {
     /// How many hosts
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u8).range(2..=50))]
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u8).range(2..=20))]
     pub hosts: u8,
     /// Leave the hosts there, and say how to enter them
     #[arg(long)]
@@ -374,7 +374,7 @@ mod tests {
             ("network set {} --network 10.5.0.0/16", "cannot be used with"),
             ("network set --port 1", "--network"),
             ("network set {} --subnet-len 20", "cannot be used with"),
-            ("demo --hosts 1", "2..=50"),
+            ("demo --hosts 1", "2..=20"),
             ("demo --down --keep", "--keep"),
         ] {
             let message = error(line);

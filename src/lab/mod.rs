@@ -28,7 +28,7 @@ pub use host::{CONTAINER_BRIDGE, Container, Host, HostOptions, SubnetEnv};
 pub use iperf::{Throughput, throughput};
 pub use namespace::Namespace;
 pub use ping::{Ping, Rtt, ping_command};
-pub use process::{Process, command, run, tail, wait_for, wait_until, without_daemon_env};
+pub use process::{Process, command, run, run_within, tail, wait_for, wait_until, without_daemon_env};
 
 use ipnet::Ipv4Net;
 use nix::{

@@ -8,9 +8,11 @@ use nix::{
 use std::{
     env,
     fs::{self, File},
+    io::Read,
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Stdio},
+    process::{Child, Command, ExitStatus, Output, Stdio},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -49,6 +51,61 @@ pub fn run(command: &mut Command) -> Result<String, LabError> {
             command: command_line(command),
             source,
         })?;
+    succeeded(command, output)
+}
+
+/// As [`run`], for a program that may hang: it is killed after `limit`, or when `watch`, which is called all the while,
+/// returns an error.
+///
+/// # Errors
+/// Those of [`run`], [`LabError::TimedOut`], and what `watch` fails with.
+pub fn run_within<E: From<LabError>>(
+    command: &mut Command,
+    limit: Duration,
+    mut watch: impl FnMut() -> Result<(), E>,
+) -> Result<String, E> {
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|source| LabError::Start {
+            command: command_line(command),
+            source,
+        })?;
+    let (out, err) = (child.stdout.take(), child.stderr.take());
+    let output = thread::scope(|scope| {
+        // Read all the while: a program whose output nobody takes would wait for that, and never end.
+        let (out, err) = (scope.spawn(|| read_all(out)), scope.spawn(|| read_all(err)));
+        let what = format!("`{}` to end", command_line(command));
+        let ended = wait_for(limit, &what, || -> Result<_, E> {
+            watch()?;
+            // Nobody else waits for this child, so that cannot fail.
+            Ok(child.try_wait().ok().flatten())
+        });
+        if ended.is_err() {
+            // Fails only when it has ended just now; and then there is nothing to wait for either.
+            let _ = child.kill().and_then(|()| child.wait().map(drop));
+        }
+        // A reader that panicked has nothing to give.
+        let (stdout, stderr) = (out.join().unwrap_or_default(), err.join().unwrap_or_default());
+        ended.map(|status| Output { status, stdout, stderr })
+    })?;
+    Ok(succeeded(command, output)?)
+}
+
+/// What can be read until the other end is closed.
+fn read_all(source: Option<impl Read>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    if let Some(mut source) = source {
+        // What came before an error is still worth showing.
+        let _ = source.read_to_end(&mut bytes);
+    }
+    bytes
+}
+
+/// The standard output of a command that exited with 0.
+fn succeeded(command: &Command, output: Output) -> Result<String, LabError> {
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
     if output.status.success() {
         return Ok(stdout);
@@ -87,7 +144,7 @@ pub fn wait_for<T, E: From<LabError>>(
             }
             .into());
         }
-        std::thread::sleep(LOOK_AGAIN);
+        thread::sleep(LOOK_AGAIN);
     }
 }
 
@@ -278,6 +335,31 @@ mod tests {
     fn program_that_is_not_there_is_named() {
         let error = run(&mut command("no-such-program-here")).unwrap_err().to_string();
         assert!(error.starts_with("cannot start `no-such-program-here`"), "{error}");
+    }
+
+    #[test]
+    fn program_that_hangs_is_killed() {
+        let watch = || Ok::<(), LabError>(());
+        assert_eq!(
+            run_within(&mut sh("echo quick"), Duration::from_secs(5), watch).unwrap(),
+            "quick\n"
+        );
+        let error = run_within(&mut sh("echo $$; exec sleep 600"), Duration::from_millis(50), watch).unwrap_err();
+        assert!(matches!(error, LabError::TimedOut { .. }), "{error}");
+        let watch = || {
+            Err(LabError::Name {
+                name: "as the test wants".to_owned(),
+            })
+        };
+        let error = run_within(&mut sh("exec sleep 600"), Duration::from_secs(600), watch).unwrap_err();
+        assert!(matches!(error, LabError::Name { .. }), "{error}");
+    }
+
+    #[test]
+    fn more_output_than_a_pipe_holds_is_taken() {
+        let watch = || Ok::<(), LabError>(());
+        let output = run_within(&mut sh("head -c 300000 /dev/zero"), Duration::from_secs(5), watch).unwrap();
+        assert_eq!(output.len(), 300_000);
     }
 
     #[test]
