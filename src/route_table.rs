@@ -257,7 +257,8 @@ impl<N: Number> Layout<N> {
     #[inline]
     fn lookup(&self, dst: N) -> Slot {
         match self {
-            // A destination below the base wraps round to a block behind the last slot.
+            // The base is a multiple of the block size, so a destination below it wraps round to a block behind the
+            // last slot.
             Self::Direct { base, shift, slots } => *slots.get(dst.blocks_from(*base, *shift)).unwrap_or(&NO_ROUTE),
             Self::Intervals { starts, slots } => match starts.partition_point(|start| *start <= dst) {
                 0 => NO_ROUTE,
@@ -327,6 +328,7 @@ macro_rules! number {
             }
 
             fn net(self, len: u8) -> IpNet {
+                // Does not panic: each length came out of a prefix of this family.
                 <$net>::new_assert(self.into(), len).into()
             }
 

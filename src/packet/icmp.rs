@@ -121,7 +121,8 @@ pub fn is_error(kind: u8) -> bool {
 /// - is not an intact IPv4 packet,
 /// - carries an ICMP error, or too little of an ICMP message to tell,
 /// - is a fragment other than the first,
-/// - comes from or goes to an address that is not one host's: multicast, broadcast, loopback, `0.0.0.0/8`, class E;
+/// - comes from or goes to an address that is not one host's: multicast, broadcast, loopback, `0.0.0.0/8`, class E (a
+///   subnet's own broadcast address looks like any other from here);
 ///
 /// or if `out` does not hold the headers and the least quote, the original's header and 8 bytes.
 pub fn error_reply(original: &[u8], error: IcmpError, source: Ipv4Addr, out: &mut [u8]) -> Option<usize> {
