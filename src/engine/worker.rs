@@ -130,7 +130,10 @@ impl Worker {
         let routes = self.routes.load();
         self.outbound.clear();
         let mut more = true;
-        while let Some(space) = self.outbound.space() {
+        // Counts what is read, not what is kept: packets that go nowhere must not hold off the other direction and the
+        // commands for as long as they come.
+        for _ in 0..BATCH {
+            let Some(space) = self.outbound.space() else { break };
             let length = match self.queue.recv(space) {
                 Ok(length) => length,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -309,5 +312,50 @@ impl Refusals {
             IpAddr::V6(_) => packet::icmpv6::error_reply(packet, error, self.source.v6?, reply)?,
         };
         self.limit.allow(Instant::now()).then_some((length, to))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, net::Ipv4Addr};
+
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+    use super::*;
+    use crate::packet::build;
+
+    #[test]
+    fn packets_that_go_nowhere_make_a_batch_too() {
+        // Keeps packets apart and their order, as a TUN queue does.
+        let (device, kernel) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
+        )
+        .unwrap();
+        let lost = build::Ipv4::new([10, 5, 1, 2].into(), [10, 5, 9, 9].into()).udp(1, 2, b"anyone?");
+        for _ in 0..BATCH + 1 {
+            nix::unistd::write(&kernel, &lost).unwrap();
+        }
+        let counters = Arc::new(Counters::default());
+        let (_commands, inbox) = crossbeam_channel::unbounded();
+        let (mut worker, _waker) = Worker::new(Parts {
+            queue: TunQueue::from(File::from(device)),
+            socket: UdpSocket::bind("127.0.0.1:0").unwrap(),
+            routes: &Routes::default(),
+            icmp_source: IcmpSource {
+                v4: Ipv4Addr::LOCALHOST,
+                v6: None,
+            },
+            inbox,
+            counters: Arc::clone(&counters),
+            sharers: 1,
+        })
+        .unwrap();
+        assert!(worker.egress().unwrap(), "there is one left");
+        assert_eq!(counters.dropped(Drop::NoRoute), BATCH as u64);
+        assert!(!worker.egress().unwrap());
+        assert_eq!(counters.dropped(Drop::NoRoute), BATCH as u64 + 1);
     }
 }

@@ -46,6 +46,14 @@ impl TunQueue {
     }
 }
 
+/// For tests: anything that keeps packets apart.
+#[cfg(test)]
+impl From<File> for TunQueue {
+    fn from(file: File) -> Self {
+        Self { file }
+    }
+}
+
 impl AsRawFd for TunQueue {
     fn as_raw_fd(&self) -> RawFd {
         self.file.as_raw_fd()
