@@ -210,9 +210,12 @@ struct Entry {
     to: SocketAddr,
 }
 
-/// Room for a batch of packets of the usual MTU (up to 2,048 bytes with alignment) and then one of any length, so that a
-/// read never cuts a packet. A batch of longer ones is sent in several.
-const OUTBOUND_BYTES: usize = BATCH * 2_048 + MAX_DATAGRAM;
+/// Room for a batch of packets of the usual MTU (up to 2,048 bytes with alignment) and then one of any length, with its
+/// alignment, so that a read never cuts a packet. A batch of longer ones is sent in several.
+const OUTBOUND_BYTES: usize = BATCH * 2_048 + MAX_DATAGRAM.next_multiple_of(PACKET_ALIGNMENT);
+
+/// Packets begin on cache lines.
+const PACKET_ALIGNMENT: usize = 64;
 
 impl Outbound {
     fn new() -> Self {
@@ -242,8 +245,7 @@ impl Outbound {
             length,
             to,
         });
-        // The next packet begins on a cache line.
-        self.used = (self.used + length).next_multiple_of(64);
+        self.used = (self.used + length).next_multiple_of(PACKET_ALIGNMENT);
     }
 
     /// Sends the batch. What the socket does not take in time, or refuses, is dropped and counted.
@@ -357,5 +359,24 @@ mod tests {
         assert_eq!(counters.dropped(Drop::NoRoute), BATCH as u64);
         assert!(!worker.egress().unwrap());
         assert_eq!(counters.dropped(Drop::NoRoute), BATCH as u64 + 1);
+    }
+
+    #[test]
+    fn packets_of_any_length_fit_until_there_is_no_room_for_one_more() {
+        let to = SocketAddr::from(([192, 0, 2, 2], 8285));
+        // 65,492: the overlay's MTU over IP over InfiniBand (65,520).
+        for length in [1, 64, 1_472, 8_972, 65_492, MAX_DATAGRAM] {
+            let mut outbound = Outbound::new();
+            let mut kept = 0;
+            while let Some(space) = outbound.space() {
+                assert_eq!(space.len(), MAX_DATAGRAM);
+                outbound.keep(length, to);
+                kept += 1;
+            }
+            assert!(
+                kept == BATCH || (length > 2_048 && kept > 1),
+                "{kept} of {length} bytes"
+            );
+        }
     }
 }
