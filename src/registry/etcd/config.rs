@@ -220,7 +220,13 @@ impl EtcdConfig {
             .host()
             .filter(|host| !host.is_empty())
             .ok_or_else(|| wrong("names no host"))?;
-        let port = uri.port_u16().unwrap_or(DEFAULT_PORT);
+        // What stands behind the host and is no port the parser passes over in silence.
+        let authority = uri.authority().map_or("", |authority| authority.as_str());
+        let port = match (uri.port_u16(), authority.strip_prefix(host)) {
+            (Some(port), _) => port,
+            (None, Some("")) => DEFAULT_PORT,
+            (None, _) => return Err(wrong("has a port that is none (1 to 65535)")),
+        };
         let url = format!("{}://{host}:{port}", if secure { "https" } else { "http" });
 
         let endpoint = Endpoint::from_shared(url.clone())
@@ -359,6 +365,10 @@ mod tests {
         assert!(error(&config("ftp://192.0.2.1")).contains("neither http nor https"));
         assert!(error(&config("http://192.0.2.1/v3")).contains("after the port"));
         assert!(error(&config("http://")).contains("\"http://\""));
+        for port in ["99999", "", "0x1"] {
+            let endpoint = format!("http://192.0.2.1:{port}");
+            assert!(error(&config(&endpoint)).contains(&endpoint), "{endpoint}");
+        }
         assert!(error(&config("")).contains("\"\""));
     }
 
