@@ -174,7 +174,10 @@ fn with_registry(
     work: impl AsyncFnOnce(Arc<dyn Registry>) -> Result<(), AnyError>,
 ) -> Result<(), AnyError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async { work(args.open()?).await })
+    let outcome = runtime.block_on(async { work(args.open()?).await });
+    // Does not wait for a name server that does not answer: names are looked up on threads that nothing can interrupt.
+    runtime.shutdown_background();
+    outcome
 }
 
 fn failed(error: &dyn std::error::Error, code: u8) -> ExitCode {
@@ -339,6 +342,31 @@ mod tests {
                 .to_string()
                 .contains("--etcd-keyfile")
         );
+    }
+
+    #[test]
+    fn the_end_waits_for_no_name_server() {
+        let dir = env::temp_dir().join(format!("flannel-cli-end-{}", process::id()));
+        let args = invocation(&format!("-registry-dir {}", dir.display()))
+            .unwrap()
+            .registry;
+        let (answer, waiting) = std::sync::mpsc::channel::<()>();
+        let (ended, end) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let outcome = with_registry(args, async |_| {
+                // As a name that is looked up: begun, and not over for a long time.
+                let (begun, begin) = tokio::sync::oneshot::channel();
+                tokio::task::spawn_blocking(move || {
+                    let _ = begun.send(());
+                    waiting.recv()
+                });
+                Ok(begin.await?)
+            });
+            ended.send(outcome.is_ok())
+        });
+        assert_eq!(end.recv_timeout(Duration::from_secs(20)), Ok(true));
+        drop(answer);
+        fs::remove_dir_all(dir).unwrap();
     }
 
     #[test]
