@@ -81,6 +81,16 @@ fn version_and_help_go_to_standard_output() {
 }
 
 #[test]
+fn a_full_disk_behind_standard_error_does_not_change_the_exit_code() {
+    let status = Command::new(FLANNELD)
+        .args(["-etcd-endpoints=ftp://192.0.2.1", "network", "get"])
+        .stderr(fs::File::options().write(true).open("/dev/full").unwrap())
+        .status()
+        .unwrap();
+    assert_eq!(status.code(), Some(1));
+}
+
+#[test]
 fn each_bad_configuration_has_its_own_message_with_key_and_value_from_command_and_daemon() {
     let cases = [
         (r#"{"Network":"10.5.0.0/16""#, &["JSON"][..]),

@@ -10,7 +10,13 @@ mod registry_args;
 mod run_args;
 mod table;
 
-use std::{env, ffi::OsString, io, process::ExitCode, sync::Arc};
+use std::{
+    env,
+    ffi::OsString,
+    io::{self, Write},
+    process::ExitCode,
+    sync::Arc,
+};
 
 use clap::{
     Arg, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind, parser::ValueSource,
@@ -181,7 +187,8 @@ fn with_registry(
 }
 
 fn failed(error: &dyn std::error::Error, code: u8) -> ExitCode {
-    eprintln!("flanneld: {}", observe::chain(error));
+    // Whoever cannot read the reason still gets the code.
+    let _ = writeln!(io::stderr(), "flanneld: {}", observe::chain(error));
     ExitCode::from(code)
 }
 
