@@ -10,7 +10,7 @@ use clap::{Args, Subcommand};
 use futures_util::{StreamExt, TryStreamExt, stream};
 use serde::Serialize;
 
-use super::table::table;
+use super::{run_args::public_ip, table::table};
 use crate::{
     lease::record::{Lease, LeaseError, LeaseValue, SUBNETS, Subnets, SubnetsError},
     network::{self, LoadError, Network},
@@ -50,7 +50,7 @@ pub struct ReserveArgs {
     #[arg(value_name = "SUBNET", value_parser = subnets)]
     pub subnets: Subnets,
     /// The address at which the other hosts reach this one
-    #[arg(long, value_name = "IP")]
+    #[arg(long, value_name = "IP", value_parser = public_ip)]
     pub public_ip: Ipv4Addr,
     /// The same for IPv6, in a dual-stack network
     #[arg(long, value_name = "IP")]

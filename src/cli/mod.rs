@@ -395,6 +395,11 @@ mod tests {
             ("-iptables-resync 5s", "seconds from 1"),
             ("-iface-regex (", "unclosed group"),
             ("-public-ip fd00::1", "--public-ip"),
+            ("-public-ip 0.0.0.0", "the address of one host"),
+            (
+                "leases reserve 10.5.34.0/24 --public-ip 0.0.0.0",
+                "the address of one host",
+            ),
             ("-v 11", "0..=10"),
             ("-iface eth0 leases list", "--iface is the daemon's flag"),
             ("lease list", "leases"),

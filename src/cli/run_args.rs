@@ -67,6 +67,7 @@ pub struct RunArgs {
         long,
         env = "FLANNELD_PUBLIC_IP",
         value_name = "IP",
+        value_parser = public_ip,
         help_heading = INTERFACE
     )]
     pub public_ip: Option<Ipv4Addr>,
@@ -275,6 +276,15 @@ fn tun(text: &str) -> Result<Tun, String> {
         "plain" => Ok(Tun::Plain),
         _ => Err("write auto or plain".to_owned()),
     }
+}
+
+/// An address that packets can be sent to.
+pub(super) fn public_ip(text: &str) -> Result<Ipv4Addr, String> {
+    let address: Ipv4Addr = text.parse().map_err(|_| "give an IPv4 address".to_owned())?;
+    if address.is_unspecified() || address.is_multicast() || address.is_broadcast() {
+        return Err("give the address of one host, as the others reach it".to_owned());
+    }
+    Ok(address)
 }
 
 fn regex(text: &str) -> Result<Regex, String> {
