@@ -144,6 +144,14 @@ impl View {
             if lease.value.public_ip != self.own_public_ip {
                 return Err(self.revoked(&format!("it now belongs to PublicIP {}", lease.value.public_ip)));
             }
+        } else if lease.value.public_ip == self.own_public_ip {
+            // Left from before a reservation, say: packets sent there would come back here and go round until they die.
+            let text = format!(
+                "skipping {}: it carries this host's PublicIP, but this host uses {}",
+                lease.subnets.to_cidrs(),
+                self.own.to_cidrs()
+            );
+            self.warn_once(&record, &text);
         } else if lease.value.backend_type != self.backend {
             let text = format!(
                 "skipping peer {}: its backend is {}, this host's is {}",
@@ -277,6 +285,14 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_host_alone_learns_that_it_is_alone() {
         start(&[]).await.expect(&[]).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn another_lease_of_this_host_is_no_peer() {
+        let mut watch = start(&[("subnets/10.5.2.0-24", &value(1)), ("subnets/10.5.3.0-24", &value(3))]).await;
+        watch.expect(&["10.5.3.0-24@192.0.2.3"]).await;
+        watch.registry.put("subnets/10.5.3.0-24", &value(1)).await.unwrap();
+        watch.expect(&[]).await;
     }
 
     #[tokio::test(start_paused = true)]
