@@ -145,6 +145,7 @@ impl Presence {
 
     /// Keeps the claim until dropped. An unreachable registry is not mentioned: the watch of the leases does that.
     pub async fn keep(&mut self) {
+        let mut taken_said = false;
         loop {
             tokio::time::sleep(REFRESH).await;
             let refreshed = match self.ttl {
@@ -155,12 +156,16 @@ impl Presence {
                 Ok(Some(_)) => {}
                 // Lapsed while the registry could not be reached.
                 Ok(None) => match self.create().await {
-                    Ok(true) => {}
-                    Ok(false) => error!(
-                        "another flanneld has taken this host's PublicIP ({}) while the registry could not be reached: two \
-                         hosts must not share one; look at --iface and --public-ip of both",
-                        self.registry.full_key(&self.key)
-                    ),
+                    Ok(true) => taken_said = false,
+                    Ok(false) if taken_said => {}
+                    Ok(false) => {
+                        taken_said = true;
+                        error!(
+                            "another flanneld has taken this host's PublicIP ({}) while the registry could not be reached: \
+                             two hosts must not share one; look at --iface and --public-ip of both",
+                            self.registry.full_key(&self.key)
+                        );
+                    }
                     Err(error) => debug!("cannot renew {}: {error}", self.key),
                 },
                 Err(error) => debug!("cannot refresh {}: {error}", self.key),
@@ -372,5 +377,43 @@ mod tests {
         memory.set_available(true);
         tokio::time::sleep(REFRESH * 2).await;
         assert!(registry.get(KEY).await.unwrap().is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_public_ip_that_another_has_taken_is_told_once() {
+        use std::{io::Write, sync::Mutex};
+
+        #[derive(Clone, Default)]
+        struct Log(Arc<Mutex<Vec<u8>>>);
+        impl Write for Log {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.0.lock().unwrap().write(bytes)
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+
+        let log = Log::default();
+        let writer = log.clone();
+        let subscriber = tracing_subscriber::fmt().with_writer(move || writer.clone()).finish();
+        let _guard = tracing::subscriber::set_default(subscriber);
+        let registry = registry();
+        let mut presence = Presence::claim(&registry, PUBLIC_IP).await.unwrap();
+        let record = registry.get(KEY).await.unwrap().unwrap();
+        registry.delete(&record).await.unwrap();
+        let other = stranger(&registry).await;
+        let refresh = async {
+            for _ in 0..20 {
+                tokio::time::sleep(REFRESH).await;
+                registry.refresh(other.ttl.unwrap()).await.unwrap();
+            }
+        };
+        tokio::select! {
+            () = presence.keep() => {}
+            () = refresh => {}
+        }
+        let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+        assert_eq!(text.matches("has taken this host's PublicIP").count(), 1, "{text}");
     }
 }
