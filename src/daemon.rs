@@ -152,6 +152,7 @@ async fn serve(settings: &Settings, presence: &mut Option<Presence>) -> Result<(
         external.name, external.address, external.mtu, external.public_ip
     );
     let network = configuration(registry).await?;
+    warn_of_overlap(&network, &external);
     let (failures, mut failed) = mpsc::unbounded_channel();
     let mut backend = backend_of(&network, &external, settings, failures)?;
     let presence = claim(&settings.registry, external.public_ip, presence).await?;
@@ -218,6 +219,20 @@ async fn configuration(registry: &dyn Registry) -> Result<Network, Error> {
 async fn wait_for_key(registry: &dyn Registry) {
     while let Ok(None) = registry.get(network::CONFIG_KEY).await {
         sleep(Duration::from_secs(1)).await;
+    }
+}
+
+/// Some networks are made so on purpose, with all hosts on one link and SubnetMin beyond them: no reason to refuse.
+fn warn_of_overlap(network: &Network, external: &External) {
+    if let Some(plan) = network.ipv4()
+        && plan.network().contains(&external.address)
+    {
+        warn!(
+            "this host's own address {} lies in the overlay {}: packets to hosts that are not on its link go astray, and so \
+             do those to addresses that the underlay and a subnet share; give the overlay a block that no host is in",
+            external.address,
+            plan.network()
+        );
     }
 }
 

@@ -241,6 +241,28 @@ fn the_interface_is_chosen_as_asked_and_what_there_is_is_listed_when_nothing_mat
 }
 
 #[test]
+fn an_overlay_that_the_hosts_are_in_is_refused_or_warned_of() {
+    let mut lab = new_lab("overlap");
+    let host = lab.host("h1").unwrap();
+    let same = Registry::embedded(&lab);
+    same.configure(host.ns(), r#"{"Network":"192.168.77.0/24"}"#);
+    let said = gives_up(Daemon::named("same", &lab, &host, &same));
+    assert!(
+        said.contains("very network that interface eth0 is in") && !said.contains("ip route del"),
+        "{said}"
+    );
+
+    let around = Registry::embedded(&lab).with("--etcd-prefix=/around");
+    around.configure(
+        host.ns(),
+        r#"{"Network":"192.168.0.0/16","SubnetMin":"192.168.128.0","SubnetMax":"192.168.160.0"}"#,
+    );
+    let mut daemon = Daemon::named("around", &lab, &host, &around);
+    daemon.start_and_wait();
+    daemon.wait_for_log("lies in the overlay 192.168.0.0/16");
+}
+
+#[test]
 fn flags_are_read_from_the_environment_and_the_command_line_wins() {
     let directory = Directory::new("env");
     let get = |variables: &[(&str, &str)], arguments: &[&str]| {

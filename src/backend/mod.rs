@@ -81,6 +81,17 @@ pub enum Error {
         /// The device that has the route.
         other: String,
     },
+    /// The overlay's route is taken by the underlay's own.
+    #[error(
+        "the overlay {network} is the very network that interface {interface} is in, so packets to other hosts would never \
+         leave: give the overlay a block that no host is in (`flanneld network set`)"
+    )]
+    OverlayIsUnderlay {
+        /// The whole overlay.
+        network: ipnet::IpNet,
+        /// The external interface.
+        interface: String,
+    },
     /// The engine does not start.
     #[error("cannot start the packet engine")]
     Engine(#[source] io::Error),

@@ -169,7 +169,14 @@ impl Backend for Udp {
 
     fn start(&mut self, network: &Network, own: &Lease) -> Result<(), Error> {
         let device = self.open_device()?;
-        configure(&mut Kernel::open()?, &device.name, self.mtu, network, own)?;
+        configure(
+            &mut Kernel::open()?,
+            &device.name,
+            self.mtu,
+            &self.external,
+            network,
+            own,
+        )?;
         let failures = self.failures.clone();
         let parts = Parts {
             queues: device.queues,
@@ -212,7 +219,14 @@ fn nets(lease: &Lease) -> impl Iterator<Item = IpNet> + use<> {
 }
 
 /// Gives the device its addresses, brings it up and routes the overlay into it.
-fn configure(kernel: &mut Kernel, name: &str, mtu: u32, network: &Network, own: &Lease) -> Result<(), Error> {
+fn configure(
+    kernel: &mut Kernel,
+    name: &str,
+    mtu: u32,
+    external: &External,
+    network: &Network,
+    own: &Lease,
+) -> Result<(), Error> {
     let links = kernel.links()?;
     let name_of = |index| {
         links
@@ -241,11 +255,18 @@ fn configure(kernel: &mut Kernel, name: &str, mtu: u32, network: &Network, own: 
             if error.io().raw_os_error() != Some(libc::EEXIST) {
                 return Err(error.into());
             }
-            let other = kernel.link_of_route(overlay)?.map_or("?", name_of);
+            let other = kernel.link_of_route(overlay)?;
+            // To remove that route would cut the host off.
+            if other == Some(external.index) {
+                return Err(Error::OverlayIsUnderlay {
+                    network: overlay,
+                    interface: external.name.clone(),
+                });
+            }
             Err(Error::RouteTaken {
                 network: overlay,
                 device: name.to_owned(),
-                other: other.to_owned(),
+                other: other.map_or("?", name_of).to_owned(),
             })
         })?;
     }
