@@ -3,7 +3,7 @@
 mod lab;
 
 use etcd_client::{Client, Txn, TxnOp};
-use flannel::lab::{CONTAINER_BRIDGE, Lab};
+use flannel::lab::{CONTAINER_BRIDGE, Lab, wait_until};
 use lab::{
     CONFIG, Daemon, Overlay, PATIENCE, Registry,
     certificates::Authority,
@@ -353,10 +353,24 @@ fn a_user_with_a_password_outlives_its_tokens() {
     let subnet = second.start_and_wait().subnet;
     first.wait_for_log(&format!("peer {}", subnet.trunc()));
     lab::assert_reaches(hosts[0].ns(), subnet.network());
+    // Its presence has half a minute to live: only a refresh, under a new token, makes the time left grow.
     let key = format!("/coreos.com/network/hosts/{}", hosts[0].ip());
-    let claims = || server.etcdctl(&["get", "--keys-only", &key]);
-    std::thread::sleep(Duration::from_secs(12));
-    assert!(claims().contains(&key), "the presence is refreshed under new tokens");
+    let record: serde_json::Value = serde_json::from_str(&server.etcdctl(&["get", "-w", "json", &key])).unwrap();
+    let lease = format!("{:x}", record["kvs"][0]["lease"].as_i64().unwrap());
+    let left = || {
+        let told = server.etcdctl(&["lease", "timetolive", &lease, "-w", "json"]);
+        serde_json::from_str::<serde_json::Value>(&told).unwrap()["ttl"]
+            .as_i64()
+            .unwrap()
+    };
+    let mut least = left();
+    wait_until(PATIENCE, "the presence to be refreshed", || {
+        let now = left();
+        let grown = now > least;
+        least = now;
+        grown
+    })
+    .unwrap();
     assert!(!first.log().contains("secret-of-flannel"));
 }
 
