@@ -5,6 +5,7 @@
 
 use std::{
     fmt::Write as _,
+    io,
     net::{IpAddr, Ipv4Addr},
 };
 
@@ -82,7 +83,15 @@ pub enum Error {
 pub fn choose(kernel: &mut Kernel, wish: &Wish) -> Result<External, Error> {
     let links = kernel.links()?;
     let path = match wish.can_reach {
-        Some(target) if wish.interfaces.is_empty() && wish.patterns.is_empty() => Some(kernel.path_to(target)?),
+        Some(target) if wish.interfaces.is_empty() && wish.patterns.is_empty() => match kernel.path_to(target) {
+            Err(error) if error.io().kind() == io::ErrorKind::NetworkUnreachable => {
+                return Err(Error::NoMatch {
+                    wish: format!("--iface-can-reach={target}, to which there is no route"),
+                    there: inventory(&links),
+                });
+            }
+            path => Some(path?),
+        },
         _ => kernel.default_route()?,
     };
     select(&links, path.as_ref(), wish)
