@@ -141,6 +141,9 @@ impl Worker {
                     break;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.raw_os_error() == Some(libc::EBADFD) => {
+                    return Err(io::Error::other("its TUN device was removed"));
+                }
                 Err(error) => return Err(error),
             };
             let packet = &mut space[..length];
