@@ -2,7 +2,7 @@
 //!
 //! In this order, as the original: choose the external interface, wait for the configuration, claim the PublicIP and take the
 //! lease, set up the backend's device, serve the first picture of the peers, write the subnet file, say that we are ready;
-//! then follow the leases until a signal comes or this host's lease is gone. SIGTERM and SIGINT end it at any point.
+//! then follow the leases until a signal comes, this host's lease is gone, or another host has its PublicIP. SIGTERM and SIGINT end it at any point.
 
 use std::{
     future::pending,
@@ -156,20 +156,23 @@ async fn serve(settings: &Settings, presence: &mut Option<Presence>) -> Result<(
     let (failures, mut failed) = mpsc::unbounded_channel();
     let mut backend = backend_of(&network, &external, settings, failures)?;
     let presence = claim(&settings.registry, external.public_ip, presence).await?;
-    let own = lease(settings, &network, &external, &*backend).await?;
+    let mut present = pin!(keep_presence(presence));
+    let own = tokio::select! {
+        own = lease(settings, &network, &external, &*backend) => own?,
+        lost = &mut present => return Err(lost.into()),
+    };
     backend.start(&network, &own.lease)?;
 
     let (publish, mut peers) = watch::channel(None);
     let mut watching = pin!(lease_watch::watch(registry, &own.lease, &publish));
     let mut keeping = pin!(keep_lease(registry, &own, settings.renew_margin));
-    let mut present = pin!(keep_presence(presence));
     let mut ready = false;
     loop {
         tokio::select! {
             Some(reason) = failed.recv() => return Err(Error::Engine(reason)),
             revoked = &mut watching => return Err(revoked.into()),
             () = &mut keeping => {}
-            () = &mut present => {}
+            lost = &mut present => return Err(lost.into()),
             Ok(()) = peers.changed() => {
                 let latest: Option<Arc<PeerSet>> = peers.borrow_and_update().clone();
                 let Some(latest) = latest else { continue };
@@ -256,7 +259,7 @@ async fn claim<'a>(
     registry: &Arc<dyn Registry>,
     public_ip: Ipv4Addr,
     slot: &'a mut Option<Presence>,
-) -> Result<Option<&'a mut Presence>, Error> {
+) -> Result<Option<&'a Presence>, Error> {
     let mut outage = Outage::of("claiming this host's PublicIP");
     loop {
         match Presence::claim(registry, public_ip).await {
@@ -320,7 +323,8 @@ async fn keep_lease(registry: &dyn Registry, own: &Own, margin: Duration) {
     pending().await
 }
 
-async fn keep_presence(presence: Option<&mut Presence>) {
+/// Keeps the claim for as long as this is awaited; returns when another daemon has it.
+async fn keep_presence(presence: Option<&Presence>) -> ClaimError {
     match presence {
         Some(presence) => presence.keep().await,
         None => pending().await,

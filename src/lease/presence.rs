@@ -21,14 +21,17 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use tracing::{debug, error, warn};
+use tracing::{debug, warn};
 
-use crate::registry::{self, Registry, TtlId};
+use crate::registry::{self, Registry};
 
 /// How long a record outlives its daemon: a host that lost power is back no sooner.
 const TTL: Duration = Duration::from_secs(30);
 /// How often it is refreshed: two refreshes may be lost.
 const REFRESH: Duration = Duration::from_secs(10);
+/// How often the time that another's record has left must grow before its daemon counts as alive: a new etcd leader starts
+/// the time of all leases anew, once. A daemon that lives does it twice within two [`REFRESH`].
+const SIGNS_OF_LIFE: u32 = 2;
 /// How often another's record is looked at to see whether it is being refreshed.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -50,9 +53,11 @@ struct Instance {
 #[derive(Debug)]
 pub struct Presence {
     registry: Arc<dyn Registry>,
+    public_ip: Ipv4Addr,
     key: String,
+    instance: Instance,
+    /// The instance as it stands in the record.
     value: Vec<u8>,
-    ttl: Option<TtlId>,
     /// Bound for as long as the claim lives.
     _alive: UnixDatagram,
 }
@@ -92,126 +97,127 @@ pub enum ClaimError {
 
 impl Presence {
     /// Claims `public_ip` for this process. Takes up to [`TTL`] when another's record is there and only time can tell
-    /// whether that daemon is alive.
+    /// whether that daemon is alive, and longer if etcd elects a leader meanwhile.
     ///
     /// # Errors
     /// [`ClaimError::InUse`] when it is.
     pub async fn claim(registry: &Arc<dyn Registry>, public_ip: Ipv4Addr) -> Result<Self, ClaimError> {
         let (instance, alive) = Instance::of_this_process()?;
-        let mut presence = Self {
+        let presence = Self {
             registry: Arc::clone(registry),
+            public_ip,
             key: format!("hosts/{public_ip}"),
             // A struct of strings and a number always has a JSON form.
             value: serde_json::to_vec(&instance).unwrap_or_default(),
-            ttl: None,
+            instance,
             _alive: alive,
         };
+        presence.take().await?;
+        Ok(presence)
+    }
+
+    /// Keeps the claim until dropped, or until another daemon that is alive has it; returns [`ClaimError::InUse`] then. A
+    /// claim that lapsed while the registry could not be reached, or was deleted, is made anew if it is free.
+    ///
+    /// An unreachable registry is not mentioned: the watch of the leases does that.
+    pub async fn keep(&self) -> ClaimError {
         loop {
-            if presence.create().await? {
-                return Ok(presence);
+            tokio::time::sleep(REFRESH).await;
+            match self.renew().await {
+                Ok(()) => {}
+                Err(lost @ ClaimError::InUse { .. }) => return lost,
+                Err(error) => debug!("cannot renew {}: {error}", self.key),
             }
-            let Some(held) = registry.get(&presence.key).await? else {
+        }
+    }
+
+    /// The record first, then its time: a time to live that still runs does not show that the record is there.
+    async fn renew(&self) -> Result<(), ClaimError> {
+        if let Some(ttl) = self.ours().await?.and_then(|record| record.ttl)
+            && self.registry.refresh(ttl).await?.is_some()
+        {
+            return Ok(());
+        }
+        self.take().await
+    }
+
+    /// Makes the record. Waits for that of a daemon that is gone to lapse.
+    async fn take(&self) -> Result<(), ClaimError> {
+        let full_key = || self.registry.full_key(&self.key);
+        loop {
+            if self.create().await? {
+                return Ok(());
+            }
+            let Some(held) = self.registry.get(&self.key).await? else {
                 continue;
             };
             let holder: Option<Instance> = serde_json::from_slice(&held.value).ok();
             if holder
                 .as_ref()
-                .is_some_and(|holder| holder.is_dead_neighbour(&instance))
+                .is_some_and(|holder| holder.is_dead_neighbour(&self.instance))
             {
-                debug!(
-                    "{} was left by a daemon of this host that is gone",
-                    registry.full_key(&presence.key)
-                );
-                registry.delete(&held).await?;
+                debug!("{} was left by a daemon of this host that is gone", full_key());
+                self.registry.delete(&held).await?;
                 continue;
             }
             let hostname = holder.map_or_else(|| "unknown".to_owned(), |holder| holder.hostname);
             warn!(
-                "{} says that a flanneld on host {hostname:?} uses this host's PublicIP {public_ip}: waiting up to {} s to \
-                 see whether it is alive",
-                registry.full_key(&presence.key),
+                "{} says that a flanneld on host {hostname:?} uses this host's PublicIP {}: waiting some {} s to see \
+                 whether it is alive",
+                full_key(),
+                self.public_ip,
                 TTL.as_secs()
             );
-            if is_refreshed(&**registry, &held).await? {
+            if is_refreshed(&*self.registry, &held).await? {
                 return Err(ClaimError::InUse {
-                    public_ip,
+                    public_ip: self.public_ip,
                     hostname,
-                    key: registry.full_key(&presence.key),
-                    registry: registry.describe(),
+                    key: full_key(),
+                    registry: self.registry.describe(),
                 });
-            }
-        }
-    }
-
-    /// Keeps the claim until dropped. An unreachable registry is not mentioned: the watch of the leases does that.
-    pub async fn keep(&mut self) {
-        let mut taken_said = false;
-        loop {
-            tokio::time::sleep(REFRESH).await;
-            let refreshed = match self.ttl {
-                Some(ttl) => self.registry.refresh(ttl).await,
-                None => Ok(None),
-            };
-            match refreshed {
-                Ok(Some(_)) => {}
-                // Lapsed while the registry could not be reached.
-                Ok(None) => match self.create().await {
-                    Ok(true) => taken_said = false,
-                    Ok(false) if taken_said => {}
-                    Ok(false) => {
-                        taken_said = true;
-                        error!(
-                            "another flanneld has taken this host's PublicIP ({}) while the registry could not be reached: \
-                             two hosts must not share one; look at --iface and --public-ip of both",
-                            self.registry.full_key(&self.key)
-                        );
-                    }
-                    Err(error) => debug!("cannot renew {}: {error}", self.key),
-                },
-                Err(error) => debug!("cannot refresh {}: {error}", self.key),
             }
         }
     }
 
     /// Gives the PublicIP up, so that the next daemon need not wait. Best effort.
     pub async fn withdraw(self) {
-        if let Ok(Some(record)) = self.registry.get(&self.key).await
-            && record.value == self.value
-        {
+        if let Ok(Some(record)) = self.ours().await {
             // The record lapses by itself if this fails.
             let _ = self.registry.delete(&record).await;
         }
     }
 
-    /// Whether the record could be made, or is ours already.
-    async fn create(&mut self) -> Result<bool, registry::Error> {
-        if let Some(record) = self.registry.create(&self.key, &self.value, Some(TTL)).await? {
-            self.ttl = record.ttl;
-            return Ok(true);
-        }
-        // A reply may get lost after the record was made.
-        let ours = self
-            .registry
-            .get(&self.key)
-            .await?
-            .filter(|record| record.value == self.value);
-        self.ttl = ours.as_ref().and_then(|record| record.ttl).or(self.ttl);
-        Ok(ours.is_some())
+    /// The record, if it is there and ours.
+    async fn ours(&self) -> Result<Option<registry::Record>, registry::Error> {
+        let record = self.registry.get(&self.key).await?;
+        Ok(record.filter(|record| record.value == self.value))
+    }
+
+    /// Whether the record could be made, or is ours already: a reply may get lost after it was made.
+    async fn create(&self) -> Result<bool, registry::Error> {
+        let made = self.registry.create(&self.key, &self.value, Some(TTL)).await?;
+        Ok(made.is_some() || self.ours().await?.is_some())
     }
 }
 
-/// Watches another's record until it is refreshed (its daemon is alive) or gone.
+/// Watches another's record until it has been refreshed [often enough](SIGNS_OF_LIFE) (its daemon is alive) or is gone.
 async fn is_refreshed(registry: &dyn Registry, held: &registry::Record) -> Result<bool, registry::Error> {
     // A record that does not expire was not made by a daemon that lives.
     let Some(ttl) = held.ttl else {
         return registry.delete(held).await.map(|_| false);
     };
-    let mut least = Duration::MAX;
+    let (mut least, mut signs) = (Duration::MAX, 0);
     loop {
         match registry.time_left(ttl).await? {
             None => return Ok(false),
             // Time left goes down by itself; registries round it to seconds.
-            Some(left) if left > least.saturating_add(Duration::from_secs(1)) => return Ok(true),
+            Some(left) if left > least.saturating_add(Duration::from_secs(1)) => {
+                signs += 1;
+                if signs == SIGNS_OF_LIFE {
+                    return Ok(true);
+                }
+                least = left;
+            }
             Some(left) => least = least.min(left),
         }
         if registry.get(&held.key).await?.is_none_or(|now| now.value != held.value) {
@@ -297,7 +303,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_claim_holds_for_as_long_as_it_is_kept() {
         let registry = registry();
-        let mut presence = Presence::claim(&registry, PUBLIC_IP).await.unwrap();
+        let presence = Presence::claim(&registry, PUBLIC_IP).await.unwrap();
         let keeping = tokio::spawn(async move { presence.keep().await });
         tokio::time::sleep(TTL * 20).await;
         assert!(registry.get(KEY).await.unwrap().is_some());
@@ -325,7 +331,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_second_daemon_in_the_same_namespace_is_refused_while_the_first_lives() {
         let registry = registry();
-        let mut first = Presence::claim(&registry, PUBLIC_IP).await.unwrap();
+        let first = Presence::claim(&registry, PUBLIC_IP).await.unwrap();
         let keeping = tokio::spawn(async move { first.keep().await });
         assert!(matches!(
             Presence::claim(&registry, PUBLIC_IP).await,
@@ -370,7 +376,7 @@ mod tests {
     async fn a_claim_that_lapsed_in_an_outage_is_renewed_after_it() {
         let memory = MemoryRegistry::new();
         let registry: Arc<dyn Registry> = Arc::new(memory.clone());
-        let mut presence = Presence::claim(&registry, PUBLIC_IP).await.unwrap();
+        let presence = Presence::claim(&registry, PUBLIC_IP).await.unwrap();
         tokio::spawn(async move { presence.keep().await });
         memory.set_available(false);
         tokio::time::sleep(TTL * 4).await;
@@ -379,41 +385,64 @@ mod tests {
         assert!(registry.get(KEY).await.unwrap().is_some());
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn a_public_ip_that_another_has_taken_is_told_once() {
-        use std::{io::Write, sync::Mutex};
-
-        #[derive(Clone, Default)]
-        struct Log(Arc<Mutex<Vec<u8>>>);
-        impl Write for Log {
-            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-                self.0.lock().unwrap().write(bytes)
-            }
-            fn flush(&mut self) -> io::Result<()> {
-                Ok(())
-            }
-        }
-
-        let log = Log::default();
-        let writer = log.clone();
-        let subscriber = tracing_subscriber::fmt().with_writer(move || writer.clone()).finish();
-        let _guard = tracing::subscriber::set_default(subscriber);
-        let registry = registry();
-        let mut presence = Presence::claim(&registry, PUBLIC_IP).await.unwrap();
+    /// A claim of ours whose record is gone.
+    async fn without_record(registry: &Arc<dyn Registry>) -> Presence {
+        let presence = Presence::claim(registry, PUBLIC_IP).await.unwrap();
         let record = registry.get(KEY).await.unwrap().unwrap();
         registry.delete(&record).await.unwrap();
+        presence
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_claim_that_another_living_daemon_has_taken_is_lost() {
+        let registry = registry();
+        let presence = without_record(&registry).await;
         let other = stranger(&registry).await;
-        let refresh = async {
-            for _ in 0..20 {
+        let refresher = Arc::clone(&registry);
+        tokio::spawn(async move {
+            while refresher.refresh(other.ttl.unwrap()).await.unwrap().is_some() {
                 tokio::time::sleep(REFRESH).await;
-                registry.refresh(other.ttl.unwrap()).await.unwrap();
             }
-        };
-        tokio::select! {
-            () = presence.keep() => {}
-            () = refresh => {}
-        }
-        let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
-        assert_eq!(text.matches("has taken this host's PublicIP").count(), 1, "{text}");
+        });
+        let lost = presence.keep().await;
+        assert!(
+            matches!(&lost, ClaimError::InUse { hostname, .. } if hostname == "far-away"),
+            "{lost}"
+        );
+        presence.withdraw().await;
+        assert!(registry.get(KEY).await.unwrap().is_some(), "the other keeps its claim");
+    }
+
+    /// Whether the record is this daemon's again after some time of keeping, and the claim was not given up.
+    async fn is_kept_for(presence: &Presence, time: Duration) -> bool {
+        let lost = tokio::time::timeout(time, presence.keep()).await;
+        lost.is_err() && presence.ours().await.unwrap().is_some()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_claim_whose_key_is_deleted_is_made_again_at_the_next_refresh() {
+        let registry = registry();
+        let presence = without_record(&registry).await;
+        assert!(is_kept_for(&presence, REFRESH + LOOK).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_claim_that_a_host_took_which_is_gone_again_comes_back() {
+        let registry = registry();
+        let presence = without_record(&registry).await;
+        stranger(&registry).await;
+        assert!(is_kept_for(&presence, REFRESH + TTL + LOOK * 2).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_refresh_is_no_sign_of_life_since_a_new_etcd_leader_does_that() {
+        let registry = registry();
+        let held = stranger(&registry).await;
+        let elected = Arc::clone(&registry);
+        tokio::spawn(async move {
+            tokio::time::sleep(REFRESH).await;
+            elected.refresh(held.ttl.unwrap()).await.unwrap();
+        });
+        Presence::claim(&registry, PUBLIC_IP).await.unwrap();
     }
 }
