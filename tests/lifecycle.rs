@@ -3,7 +3,7 @@
 mod lab;
 
 use flannel::lab::{Host, Lab};
-use lab::{CONFIG, Daemon, Overlay, Registry, assert_reaches, http_get, new_lab};
+use lab::{CONFIG, Daemon, Overlay, PATIENCE, Registry, assert_reaches, http_get, new_lab};
 use nix::sys::signal::Signal;
 use std::{
     net::SocketAddr,
@@ -197,6 +197,28 @@ fn a_reservation_is_honoured_and_stays() {
 }
 
 #[test]
+fn a_host_that_has_a_lease_changes_over_to_its_reservation_at_the_next_start() {
+    let (lab, host, registry) = one_host("changes");
+    let mut daemon = Daemon::new(&lab, &host, &registry);
+    let before = daemon.start_and_wait().subnet;
+    let reserved = if before.to_string().starts_with("10.5.7.") {
+        "10.5.8.0/24"
+    } else {
+        "10.5.7.0/24"
+    };
+    let ip = host.ip().to_string();
+    registry.flanneld(host.ns(), &["leases", "reserve", reserved, "--public-ip", &ip]);
+    daemon.assert_running();
+    assert!(daemon.stop().success());
+    assert_eq!(daemon.start_and_wait().subnet.trunc().to_string(), reserved);
+    let listed = registry.flanneld(host.ns(), &["leases", "list"]);
+    assert!(
+        listed.contains(reserved) && !listed.contains(&before.trunc().to_string()),
+        "{listed}"
+    );
+}
+
+#[test]
 fn the_subnet_files_subnet_is_taken_again_when_the_lease_is_lost() {
     let (lab, host, registry) = one_host("previous");
     let mut daemon = Daemon::new(&lab, &host, &registry);
@@ -232,7 +254,8 @@ fn a_second_host_with_the_same_public_ip_is_refused_while_the_first_is_alive() {
         .with(format!("--public-ip={claimed}"))
         .with("--iface=eth0");
     third.start();
-    assert_eq!(third.wait_exit().code(), Some(1));
+    // The first daemon's claim must be seen to be refreshed twice, which it is every 10 s.
+    assert_eq!(third.wait_exit_within(2 * PATIENCE).code(), Some(1));
     let log = third.log();
     for part in [
         "belongs to another flanneld that is alive",

@@ -263,7 +263,7 @@ async fn reserve(args: &ReserveArgs, registry: &dyn Registry) -> Result<String, 
 
     let records = registry.list(SUBNETS).await?;
     let mut ours = None;
-    let mut elsewhere = None;
+    let (mut leased, mut reserved) = (None, None);
     for record in &records {
         let lease = Lease::from_record(record).ok();
         let holder = lease.as_ref().map(|lease| lease.value.public_ip);
@@ -290,7 +290,12 @@ async fn reserve(args: &ReserveArgs, registry: &dyn Registry) -> Result<String, 
                 key,
             });
         } else if holder == Some(public_ip) {
-            elsewhere = Some(taken.to_cidrs());
+            let elsewhere = if record.ttl.is_some() {
+                &mut leased
+            } else {
+                &mut reserved
+            };
+            *elsewhere = Some(taken.to_cidrs());
         }
     }
 
@@ -312,9 +317,16 @@ async fn reserve(args: &ReserveArgs, registry: &dyn Registry) -> Result<String, 
             format!("reserved {shown} for {public_ip}; its daemon takes it when it starts\n")
         }
     };
-    if let Some(other) = elsewhere {
+    if let Some(other) = leased {
         answer += &format!(
-            "note: {public_ip} has {other}, too, and keeps that until it is released: `flanneld leases release {other}`\n"
+            "note: {public_ip} has a lease of {other}, too; its daemon exchanges that for a reservation when it is started \
+             again\n"
+        );
+    }
+    if let Some(other) = reserved {
+        answer += &format!(
+            "note: {other} is reserved for {public_ip}, too, and a daemon takes only one; give back the other: `flanneld \
+             leases release SUBNET`\n"
         );
     }
     Ok(answer)
@@ -491,7 +503,12 @@ mod tests {
         )
         .await;
         let answer = run(reservation("10.5.34.0/24", "192.0.2.1"), &registry).await.unwrap();
-        assert!(answer.contains("flanneld leases release 10.5.9.0/24"), "{answer}");
+        assert!(
+            answer.contains("a lease of 10.5.9.0/24") && answer.contains("started again"),
+            "{answer}"
+        );
+        let answer = run(reservation("10.5.35.0/24", "192.0.2.1"), &registry).await.unwrap();
+        assert!(answer.contains("10.5.34.0/24 is reserved"), "{answer}");
     }
 
     #[tokio::test]

@@ -54,7 +54,8 @@ pub enum AcquireError {
 /// Takes the lease of the host whose PublicIP `value` carries.
 ///
 /// In this order, as the original: the lease that carries our PublicIP, if it fits the network (one that does not is
-/// deleted); `previous`, what the subnet file says, if it is free; one of the free subnets at random.
+/// deleted); `previous`, what the subnet file says, if it is free; one of the free subnets at random. Where there are
+/// several of ours, a reservation comes before leases, and the leases that are not used are released.
 ///
 /// # Errors
 /// When there is no free subnet, or the registry fails. Nothing is left half done: the record is made in one transaction.
@@ -64,31 +65,38 @@ pub async fn acquire(
     value: &LeaseValue,
     previous: &Previous,
 ) -> Result<Own, AcquireError> {
-    'race: for _ in 0..TRIES {
-        // Keys count as taken even where their values are broken.
-        let mut taken = Vec::new();
+    for _ in 0..TRIES {
+        let (mut ours, mut taken) = (Vec::new(), Vec::new());
         for record in registry.list(SUBNETS).await? {
-            let lease = match Lease::from_record(&record) {
-                Ok(lease) if lease.value.public_ip == value.public_ip => lease,
-                _ => {
-                    taken.extend(subnets_of(&record.key));
-                    continue;
-                }
-            };
-            let subnets = lease.subnets;
-            if !subnets.fit(network) {
-                warn!(
-                    "the lease {} of this host does not fit the network's configuration any more: giving it up",
-                    subnets.to_cidrs()
-                );
-                registry.delete(&record).await?;
-                continue;
+            match Lease::from_record(&record) {
+                Ok(lease) if lease.value.public_ip == value.public_ip => ours.push((lease, record)),
+                // Keys count as taken even where their values are broken.
+                _ => taken.extend(subnets_of(&record.key)),
             }
-            match reuse(registry, &record, lease, value).await? {
-                Some(own) => return Ok(own),
+        }
+        let (mut ours, misfits): (Vec<_>, Vec<_>) = ours.into_iter().partition(|(lease, _)| lease.subnets.fit(network));
+        for (lease, record) in misfits {
+            warn!(
+                "the lease {} of this host does not fit the network's configuration any more: giving it up",
+                lease.subnets.to_cidrs()
+            );
+            registry.delete(&record).await?;
+        }
+        // Reservations first; the sort keeps the registry's order otherwise.
+        ours.sort_by_key(|(lease, _)| !lease.is_reservation());
+        let mut ours = ours.into_iter();
+        if let Some((lease, record)) = ours.next() {
+            let Some(own) = reuse(registry, &record, lease, value).await? else {
                 // It changed or ran out in this moment.
-                None => continue 'race,
+                continue;
+            };
+            for (lease, record) in ours.filter(|(lease, _)| !lease.is_reservation()) {
+                // One that has changed meanwhile stays: it may be a reservation now.
+                if registry.delete(&record).await? {
+                    info!("released this host's other lease {}", lease.subnets.to_cidrs());
+                }
             }
+            return Ok(own);
         }
         let subnets = choose_subnets(network, &taken, previous)?;
         if let Some(record) = registry
@@ -242,6 +250,37 @@ mod tests {
                 .ttl
                 .is_none()
         );
+    }
+
+    #[tokio::test]
+    async fn a_reservation_comes_before_a_lease_which_is_released_then() {
+        let registry = MemoryRegistry::new();
+        registry
+            .create("subnets/10.5.1.0-24", &host(1).to_bytes(), Some(SUBNET_TTL))
+            .await
+            .unwrap();
+        for reserved in ["10.5.2.0-24", "10.5.3.0-24"] {
+            let key = format!("subnets/{reserved}");
+            registry.put(&key, &host(1).to_bytes()).await.unwrap();
+        }
+        let others = registry
+            .create("subnets/10.5.4.0-24", &host(2).to_bytes(), Some(SUBNET_TTL))
+            .await
+            .unwrap();
+        let own = take(&registry, &host(1)).await.unwrap();
+        assert_eq!(own.lease.subnets.to_string(), "10.5.2.0-24");
+        assert_eq!(own.left, None);
+        assert_eq!(registry.get("subnets/10.5.1.0-24").await.unwrap(), None);
+        assert!(registry.get("subnets/10.5.3.0-24").await.unwrap().is_some());
+        assert_eq!(registry.get("subnets/10.5.4.0-24").await.unwrap(), others);
+    }
+
+    #[tokio::test]
+    async fn a_reservation_that_does_not_fit_leaves_the_lease_in_use() {
+        let registry = MemoryRegistry::new();
+        let leased = take(&registry, &host(1)).await.unwrap();
+        registry.put("subnets/10.9.1.0-24", &host(1).to_bytes()).await.unwrap();
+        assert_eq!(take(&registry, &host(1)).await.unwrap().lease, leased.lease);
     }
 
     #[tokio::test]

@@ -217,7 +217,12 @@ impl Daemon {
 
     /// Waits for it to end by itself.
     pub(crate) fn wait_exit(&mut self) -> ExitStatus {
-        let status = self.process().wait(PATIENCE).unwrap();
+        self.wait_exit_within(PATIENCE)
+    }
+
+    /// As [`Daemon::wait_exit`], for what takes longer by design.
+    pub(crate) fn wait_exit_within(&mut self, limit: Duration) -> ExitStatus {
+        let status = self.process().wait(limit).unwrap();
         self.remember_log();
         status
     }
