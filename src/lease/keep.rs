@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tracing::{debug, error};
+use tracing::debug;
 
 use crate::{
     observe::outage::Outage,
@@ -15,7 +15,7 @@ const RETRY: Duration = Duration::from_secs(60);
 const SHORTEST: Duration = Duration::from_secs(10);
 
 /// Refreshes `ttl` whenever `margin` of it is left (`--subnet-lease-renew-margin`); `left`: how much it has now. Returns
-/// when it has run out: the record is gone then, which the watch of the leases tells too.
+/// when there is none any more: the record is gone, which the watch of the leases tells, or has become a reservation.
 pub async fn keep(registry: &dyn Registry, ttl: TtlId, mut left: Duration, margin: Duration) {
     let mut outage = Outage::of("renewing this host's lease");
     loop {
@@ -24,7 +24,8 @@ pub async fn keep(registry: &dyn Registry, ttl: TtlId, mut left: Duration, margi
             match registry.refresh(ttl).await {
                 Ok(Some(left)) => break left,
                 Ok(None) => {
-                    error!("this host's lease has run out before it could be renewed");
+                    // Not for the log: it may have become a reservation, and of a real loss the watch tells.
+                    debug!("this host's lease has run out, or does not expire any more");
                     return;
                 }
                 Err(error) => {
