@@ -2,7 +2,8 @@
 //!
 //! In this order, as the original: choose the external interface, wait for the configuration, claim the PublicIP and take the
 //! lease, set up the backend's device, serve the first picture of the peers, write the subnet file, say that we are ready;
-//! then follow the leases until a signal comes, this host's lease is gone, or another host has its PublicIP. SIGTERM and SIGINT end it at any point.
+//! then follow the leases until a signal comes, this host's lease is gone, or another host has its PublicIP. SIGTERM and
+//! SIGINT end it at any point.
 
 use std::{
     future::pending,

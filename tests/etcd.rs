@@ -215,6 +215,86 @@ fn an_etcd_that_is_not_there_yet_is_told_once_and_waited_for() {
 }
 
 #[test]
+fn a_daemon_that_loses_its_public_ip_to_another_that_lives_ends() {
+    let (mut overlay, server) = overlay("lost", 1);
+    let key = format!("/coreos.com/network/hosts/{}", overlay.hosts[0].ip());
+    // The other: a record in the claim's place that is kept alive.
+    let granted = server.etcdctl(&["lease", "grant", "600"]);
+    let lease = granted.split(' ').nth(1).unwrap();
+    server.etcdctl(&["put", &format!("--lease={lease}"), &key, "{}"]);
+    let daemon = &mut overlay.daemons[0];
+    wait_until(3 * PATIENCE, "the daemon to end", || {
+        server.etcdctl(&["lease", "keep-alive", "--once", lease]);
+        std::thread::sleep(Duration::from_secs(3));
+        daemon.process().exited().is_some()
+    })
+    .unwrap();
+    assert_eq!(daemon.wait_exit().code(), Some(1));
+    let log = daemon.log();
+    assert!(log.contains("belongs to another flanneld that is alive"), "{log}");
+    assert!(server.etcdctl(&["get", "--print-value-only", &key]).contains("{}"));
+}
+
+#[test]
+fn a_claim_whose_key_was_deleted_is_made_again() {
+    let (overlay, server) = overlay("unclaimed", 1);
+    let key = format!("/coreos.com/network/hosts/{}", overlay.hosts[0].ip());
+    let claim = || server.etcdctl(&["get", "--print-value-only", &key]);
+    let before = claim();
+    server.etcdctl(&["del", &key]);
+    wait_until(PATIENCE, "the claim to be made again", || claim() == before).unwrap();
+}
+
+#[test]
+fn an_etcd_that_hangs_is_told_once_and_a_signal_ends_the_waiting_daemon() {
+    let mut lab = new_lab("hangs");
+    let server = EtcdServer::start_with(options(&lab));
+    server.etcdctl(&["put", "/coreos.com/network/config", CONFIG]);
+    server.pause();
+    let host = lab.host("h1").unwrap();
+    let mut daemon = Daemon::new(&lab, &host, &Registry::etcd(&server.url()));
+    daemon.start();
+    let line = daemon.wait_for_log("reading the network's configuration failed");
+    assert!(line.contains("timed out"), "{line}");
+    // Long enough for a second try.
+    std::thread::sleep(Duration::from_secs(7));
+    assert_eq!(
+        daemon.log().lines().count(),
+        2,
+        "interface and outage: {}",
+        daemon.log()
+    );
+    let asked = Instant::now();
+    assert!(daemon.stop().success());
+    assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
+
+    daemon.start();
+    daemon.wait_for_log("reading the network's configuration failed");
+    server.resume();
+    daemon.wait_ready();
+}
+
+#[test]
+fn packets_flow_while_etcd_hangs_and_a_signal_ends_the_daemon_all_the_same() {
+    let (mut overlay, server) = overlay("paused", 3);
+    overlay.assert_all_reach_all();
+    let flow = stream::Stream::start(&overlay.containers[0], &overlay.containers[1], Duration::from_millis(2));
+    server.pause();
+    for daemon in &overlay.daemons {
+        daemon.wait_for_log("watching the leases failed");
+    }
+    let asked = Instant::now();
+    assert!(overlay.daemons[2].stop().success());
+    assert!(asked.elapsed() < Duration::from_secs(4), "{:?}", asked.elapsed());
+    server.resume();
+    overlay.daemons.pop();
+    wait_until_connected(&overlay);
+    let report = flow.finish();
+    assert_eq!(report.lost, [0; 0], "of {} datagrams", report.sent);
+    assert_watches_work(&mut overlay, &server, 1);
+}
+
+#[test]
 fn several_endpoints_serve_as_long_as_one_of_them_does() {
     let mut lab = new_lab("many");
     let server = EtcdServer::start_with(options(&lab));
