@@ -34,6 +34,9 @@ const DEVICE: &str = "flannel%d";
 /// Outer IPv4 header without options (20 bytes) and UDP header (8).
 const OVERHEAD: u32 = 28;
 
+/// The longest IPv4 packet (RFC 791): loopback has a larger MTU.
+const LONGEST_PACKET: u32 = 65_535;
+
 /// The least MTU of an IPv4 link (RFC 791).
 const LEAST_MTU: u32 = 68;
 
@@ -93,11 +96,7 @@ impl Udp {
             mtu: external.mtu,
             least: LEAST_MTU + OVERHEAD,
         };
-        let mtu = external
-            .mtu
-            .checked_sub(OVERHEAD)
-            .filter(|mtu| *mtu >= LEAST_MTU)
-            .ok_or_else(too_small)?;
+        let mtu = overlay_mtu(external.mtu).ok_or_else(too_small)?;
         let workers = match (options.tun, options.workers) {
             (TunMode::Plain, _) => 1,
             (TunMode::Auto, Some(chosen)) => chosen.get(),
@@ -213,6 +212,14 @@ impl Backend for Udp {
     }
 }
 
+/// What of the external interface's MTU is left for the packets inside; `None`: too little.
+fn overlay_mtu(external: u32) -> Option<u32> {
+    external
+        .min(LONGEST_PACKET)
+        .checked_sub(OVERHEAD)
+        .filter(|mtu| *mtu >= LEAST_MTU)
+}
+
 /// The subnets of a lease, of both families.
 fn nets(lease: &Lease) -> impl Iterator<Item = IpNet> + use<> {
     std::iter::once(IpNet::V4(lease.subnets.v4())).chain(lease.subnets.v6().map(IpNet::V6))
@@ -281,5 +288,19 @@ fn icmp_source(own: &Lease) -> IcmpSource {
     IcmpSource {
         v4: first_v4(own.subnets.v4()),
         v6: own.subnets.v6().map(first_v6),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_overlays_packets_fit_the_interface_and_a_datagram() {
+        assert_eq!(overlay_mtu(1_500), Some(1_472));
+        assert_eq!(overlay_mtu(65_536), Some(65_507));
+        assert_eq!(overlay_mtu(96), Some(68));
+        assert_eq!(overlay_mtu(95), None);
+        assert_eq!(overlay_mtu(0), None);
     }
 }
