@@ -10,6 +10,7 @@ use std::{
 };
 
 use regex::Regex;
+use tracing::warn;
 
 use super::{Error as KernelError, Kernel, Link, Path};
 
@@ -94,7 +95,16 @@ pub fn choose(kernel: &mut Kernel, wish: &Wish) -> Result<External, Error> {
         },
         _ => kernel.default_route()?,
     };
-    select(&links, path.as_ref(), wish)
+    let external = select(&links, path.as_ref(), wish)?;
+    // Not by the interface: hosts that are reached by routing protocols have an address of their own on it.
+    if external.address.is_loopback() {
+        warn!(
+            "the external interface {} has the loopback address {}: other hosts cannot reach this one; name the \
+             interface that faces them with --iface",
+            external.name, external.address
+        );
+    }
+    Ok(external)
 }
 
 /// The choice itself. `path`: to the address of `--iface-can-reach` if that decides, else the default route.
