@@ -13,6 +13,11 @@ use crate::{
     network::{BackendKind, Network},
 };
 
+/// Whether this version has the backend; a daemon refuses a configuration with another.
+pub fn carries(kind: BackendKind) -> bool {
+    kind == BackendKind::Udp
+}
+
 /// A way of carrying packets between hosts.
 pub trait Backend: Send {
     /// Its type, as this host's lease announces it.
