@@ -110,10 +110,15 @@ impl FileRegistry {
         self.directory.join(file)
     }
 
-    fn failed(&self, tried: &str, path: &Path, error: &dyn std::error::Error) -> Error {
-        Error::Failed {
-            registry: self.describe(),
-            reason: format!("{tried} {} failed: {error}", path.display()),
+    fn failed(&self, tried: &str, path: &Path, error: &io::Error) -> Error {
+        let registry = self.describe();
+        let reason = format!("{tried} {} failed: {error}", path.display());
+        // EACCES and EPERM.
+        if error.kind() == io::ErrorKind::PermissionDenied {
+            let reason = format!("{reason}; run as root, or as a user who may write to the directory and all in it");
+            Error::Denied { registry, reason }
+        } else {
+            Error::Failed { registry, reason }
         }
     }
 
@@ -276,12 +281,12 @@ impl Registry for FileRegistry {
 
     async fn watch(&self, start: &str) -> Result<(Vec<Record>, Box<dyn Watch>), Error> {
         // First the ear, then the look: a change in between is heard.
-        let changed = DirectoryWatch::new(&self.directory).map_err(|error| Error::Failed {
-            registry: self.describe(),
-            reason: format!(
-                "watching the directory failed: {error} (if it is out of instances or watches, raise the sysctls under \
-                 fs.inotify)"
-            ),
+        let changed = DirectoryWatch::new(&self.directory).map_err(|error| match error.raw_os_error() {
+            Some(libc::EMFILE | libc::ENOSPC) => Error::Failed {
+                registry: self.describe(),
+                reason: format!("watching the directory failed: {error}: raise the sysctls under fs.inotify"),
+            },
+            _ => self.failed("watching", &self.directory, &error),
         })?;
         let (picture, _) = self.picture(start)?;
         let watch = FileWatch {
@@ -440,6 +445,20 @@ mod tests {
         let error = FileRegistry::open(&directory.0, "/n").unwrap_err().to_string();
         assert!(error.contains("registry.json is not a registry"), "{error}");
         assert_eq!(fs::read(directory.0.join(STATE_FILE)).unwrap(), b"{broken");
+    }
+
+    #[tokio::test]
+    async fn what_this_user_may_not_do_is_not_tried_for_ever() {
+        let directory = TempDir::new("denied");
+        let registry = FileRegistry::open(&directory.0, "/n").unwrap();
+        let error = registry.failed("writing", &directory.0, &Errno::EACCES.into());
+        assert!(!error.is_transient());
+        assert!(error.to_string().contains("run as root"), "{error}");
+        assert!(
+            registry
+                .failed("writing", &directory.0, &Errno::ENOSPC.into())
+                .is_transient()
+        );
     }
 
     #[tokio::test]
