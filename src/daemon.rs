@@ -70,6 +70,9 @@ pub struct Settings {
 /// Why a run ended by itself.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// Not root.
+    #[error("this process may not configure the network: run flanneld as root, or with CAP_NET_ADMIN")]
+    Unprivileged,
     /// No external interface.
     #[error(transparent)]
     External(#[from] external::Error),
@@ -142,6 +145,10 @@ fn stopping(signal: &str) -> Result<(), Error> {
 }
 
 async fn serve(settings: &Settings, presence: &mut Option<Presence>) -> Result<(), Error> {
+    // Not only when the device is made: this host's lease would have been taken by then.
+    if !kernel::may_administer() {
+        return Err(Error::Unprivileged);
+    }
     let registry = &*settings.registry;
     let readiness = Readiness::default();
     if let Some(address) = settings.health {

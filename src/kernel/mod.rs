@@ -7,7 +7,7 @@ pub mod external;
 mod netlink;
 
 use std::{
-    io,
+    fs, io,
     net::{IpAddr, Ipv4Addr},
 };
 
@@ -69,6 +69,22 @@ impl Error {
     }
 }
 
+/// Whether this process has `CAP_NET_ADMIN`, without which it can neither make a device nor configure one. `true` where
+/// that cannot be told: the kernel has the last word.
+pub fn may_administer() -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    net_admin(&status).unwrap_or(true)
+}
+
+/// Whether `CAP_NET_ADMIN` is among the effective capabilities, by `/proc/<pid>/status` (proc_pid_status(5)).
+fn net_admin(status: &str) -> Option<bool> {
+    // capabilities(7), linux/capability.h
+    const CAP_NET_ADMIN: u64 = 1 << 12;
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+    let effective = u64::from_str_radix(effective.trim(), 16).ok()?;
+    Some(effective & CAP_NET_ADMIN != 0)
+}
+
 impl Kernel {
     /// # Errors
     /// When the kernel gives no netlink socket.
@@ -127,7 +143,7 @@ impl Kernel {
     /// As the kernel says.
     pub fn default_route(&mut self) -> Result<Option<Path>, Error> {
         Ok(self
-            .main_routes()?
+            .main_routes(AddressFamily::Inet)?
             .into_iter()
             .filter(|route| route.header.destination_prefix_length == 0 && route.header.kind == RouteType::Unicast)
             .min_by_key(|route| {
@@ -207,7 +223,7 @@ impl Kernel {
     pub fn link_of_route(&mut self, destination: IpNet) -> Result<Option<u32>, Error> {
         let wanted = RouteAddress::from(destination.network());
         Ok(self
-            .main_routes()?
+            .main_routes(family(destination.addr()))?
             .into_iter()
             .filter(|route| route.header.destination_prefix_length == destination.prefix_len())
             .find(|route| route.attributes.contains(&RouteAttribute::Destination(wanted.clone())))
@@ -215,9 +231,9 @@ impl Kernel {
             .map(|path| path.link))
     }
 
-    fn main_routes(&mut self) -> Result<Vec<RouteMessage>, Error> {
+    fn main_routes(&mut self, family: AddressFamily) -> Result<Vec<RouteMessage>, Error> {
         let mut message = RouteMessage::default();
-        message.header.address_family = AddressFamily::Inet;
+        message.header.address_family = family;
         let replies = self
             .netlink
             .request(Message::GetRoute(message), NLM_F_DUMP)
@@ -322,4 +338,20 @@ fn path_of(message: Message) -> Option<Path> {
         }
     }
     Some(Path { link: link?, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_capability_is_read_from_the_processs_status() {
+        assert_eq!(net_admin("Name:\tx\nCapEff:\t000001ffffffffff\n"), Some(true));
+        assert_eq!(net_admin("CapEff:\t0000000000001000\n"), Some(true));
+        assert_eq!(
+            net_admin("CapPrm:\t0000000000001000\nCapEff:\t000001ffffffefff\n"),
+            Some(false)
+        );
+        assert_eq!(net_admin("Name:\tx\n"), None);
+    }
 }
