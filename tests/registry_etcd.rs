@@ -129,6 +129,62 @@ async fn a_silent_server_is_noticed_by_calls_and_by_an_idle_watch() {
     registry.put("subnets/a", b"1").await.unwrap();
 }
 
+/// How many etcd leases there are.
+fn leases(server: &EtcdServer) -> usize {
+    let listed: serde_json::Value = serde_json::from_str(&server.etcdctl(&["lease", "list", "-w", "json"])).unwrap();
+    listed["leases"].as_array().map_or(0, Vec::len)
+}
+
+/// A create that fails because the line is cut after its etcd lease was granted.
+async fn create_cut_off(registry: &EtcdRegistry, server: &EtcdServer, proxy: &Proxy, key: &str) {
+    let before = leases(server);
+    let cut = async {
+        while leases(server) == before {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        proxy.cut();
+    };
+    let (made, ()) = tokio::join!(registry.create(key, b"1", Some(HOUR)), cut);
+    unavailable(made.unwrap_err());
+    assert!(server.etcdctl(&["get", "--prefix", PREFIX]).is_empty());
+}
+
+#[tokio::test]
+async fn a_create_that_is_cut_off_leaves_no_etcd_lease_behind() {
+    let server = EtcdServer::start();
+    // Slow enough that the line can be cut between the grant and the transaction.
+    let proxy = Proxy::start(address(&server), Duration::from_millis(500)).await;
+    let registry = connect(&[proxy.url()]);
+    create_cut_off(&registry, &server, &proxy, "subnets/a").await;
+    assert!(registry.create("subnets/b", b"1", Some(HOUR)).await.is_err());
+    assert_eq!(leases(&server), 1, "no other is granted before it is revoked");
+
+    proxy.mend();
+    let made = registry.create("subnets/b", b"1", Some(HOUR)).await.unwrap().unwrap();
+    assert_eq!(leases(&server), 1, "only the new one");
+    let records = registry.list("").await.unwrap();
+    assert_eq!(records, [made]);
+}
+
+#[tokio::test]
+async fn a_record_made_by_a_cut_off_create_can_be_used_if_it_is_found() {
+    let server = EtcdServer::start();
+    let proxy = Proxy::start(address(&server), Duration::from_millis(500)).await;
+    let registry = connect(&[proxy.url()]);
+    create_cut_off(&registry, &server, &proxy, "subnets/a").await;
+    // As if the transaction had arrived and its answer had not.
+    let listed = server.etcdctl(&["lease", "list"]);
+    let lease = listed.lines().last().unwrap();
+    let key = format!("{PREFIX}/subnets/a");
+    server.etcdctl(&["put", &format!("--lease={lease}"), &key, "1"]);
+
+    proxy.mend();
+    let found = registry.get("subnets/a").await.unwrap().unwrap();
+    assert!(registry.refresh(found.ttl.unwrap()).await.unwrap().is_some());
+    registry.create("subnets/b", b"1", Some(HOUR)).await.unwrap().unwrap();
+    assert_eq!(registry.get("subnets/a").await.unwrap(), Some(found));
+}
+
 #[tokio::test]
 async fn a_compaction_while_cut_off_leads_to_a_new_picture() {
     let server = EtcdServer::start();

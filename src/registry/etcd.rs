@@ -11,7 +11,7 @@ mod reason;
 use std::{
     fmt,
     future::Future,
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
 };
 
@@ -45,6 +45,9 @@ pub struct EtcdRegistry {
     prefix: Prefix,
     /// The form of the prefix, with or without the leading slash, under which a configuration was found.
     found: Arc<OnceLock<Prefix>>,
+    /// etcd leases that no record is meant to hang on, but which could not be revoked yet. Left alone each would live for
+    /// as long as it was granted for, and one is granted at each try.
+    left_over: Arc<Mutex<Vec<i64>>>,
 }
 
 impl EtcdRegistry {
@@ -58,6 +61,7 @@ impl EtcdRegistry {
             cluster: Arc::new(cluster),
             prefix: Prefix::new(&config.prefix),
             found: Arc::new(OnceLock::new()),
+            left_over: Arc::default(),
         })
     }
 
@@ -184,14 +188,39 @@ impl EtcdRegistry {
         self.call(("getting an etcd lease for", key), Repeat::Yes, grant).await
     }
 
-    /// Ends an etcd lease that nothing hangs on any more. If that fails, the lease runs out by itself.
+    /// Ends an etcd lease that nothing is to hang on any more; if no server can be reached, at the next chance.
     async fn revoke(&self, lease: i64) {
-        let revoke = |connection: Connection| async move { connection.client.lease_client().revoke(lease).await };
-        match self.cluster.call(Repeat::Yes, revoke).await {
-            Ok(Ok(_) | Err(Fault::NoLease)) => {}
-            Ok(Err(fault)) => tracing::debug!(lease, ?fault, "etcd does not revoke a lease"),
-            Err(error) => tracing::debug!(lease, %error, "an etcd lease is left to run out"),
+        if let Err(error) = self.try_revoke(lease).await {
+            tracing::debug!(lease, %error, "an etcd lease is left over");
+            self.left_over().push(lease);
         }
+    }
+
+    async fn try_revoke(&self, lease: i64) -> Result<(), Error> {
+        let revoke = |connection: Connection| async move { connection.client.lease_client().revoke(lease).await };
+        match self.cluster.call(Repeat::Yes, revoke).await? {
+            Ok(_) | Err(Fault::NoLease) => {}
+            // It runs out by itself.
+            Err(fault) => tracing::debug!(lease, ?fault, "etcd does not revoke a lease"),
+        }
+        Ok(())
+    }
+
+    /// Revokes what is left over. A record that was made on such a lease all the same goes with it, and a transaction for
+    /// one that is still under way fails.
+    async fn revoke_left_over(&self) -> Result<(), Error> {
+        loop {
+            let Some(lease) = self.left_over().first().copied() else {
+                return Ok(());
+            };
+            self.try_revoke(lease).await?;
+            self.left_over().retain(|other| *other != lease);
+        }
+    }
+
+    fn left_over(&self) -> MutexGuard<'_, Vec<i64>> {
+        // A list of numbers is whole at any moment.
+        self.left_over.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn written(&self, key: &str, value: &[u8], lease: i64, answer: &TxnResponse) -> Record {
@@ -274,7 +303,10 @@ impl Registry for EtcdRegistry {
         let prefix = self.prefix().await?;
         let full = prefix.full(key);
         let lease = match ttl {
-            Some(ttl) => self.grant(&full, ttl).await?,
+            Some(ttl) => {
+                self.revoke_left_over().await?;
+                self.grant(&full, ttl).await?
+            }
             None => 0,
         };
         let put = TxnOp::put(full.as_str(), value, Some(PutOptions::new().with_lease(lease)));
@@ -294,8 +326,11 @@ impl Registry for EtcdRegistry {
                 Ok(there.map(|there| record(&prefix, &there)))
             }
             Err(error) => {
-                if lease != 0 && !matches!(error, Error::Unavailable { .. }) {
-                    self.revoke(lease).await;
+                match error {
+                    _ if lease == 0 => {}
+                    // To try now would only take as long again.
+                    Error::Unavailable { .. } => self.left_over().push(lease),
+                    _ => self.revoke(lease).await,
                 }
                 Err(error)
             }
@@ -338,6 +373,8 @@ impl Registry for EtcdRegistry {
     }
 
     async fn refresh(&self, ttl: TtlId) -> Result<Option<Duration>, Error> {
+        // The record was made although the answer was lost; the caller has found it and wants it.
+        self.left_over().retain(|lease| *lease != ttl.0);
         let refresh = |connection: Connection| async move {
             let (mut keeper, mut answers) = connection.client.lease_client().keep_alive(ttl.0).await?;
             // The client keeps the first answer to itself, so ask once more to see how long there is.
