@@ -3,7 +3,7 @@
 mod lab;
 
 use flannel::lab::{Host, Lab};
-use lab::{CONFIG, Daemon, Overlay, PATIENCE, Registry, assert_reaches, http_get, new_lab};
+use lab::{CONFIG, Daemon, FLANNELD, Overlay, PATIENCE, Registry, assert_reaches, http_get, new_lab};
 use nix::sys::signal::Signal;
 use std::{
     net::SocketAddr,
@@ -168,6 +168,73 @@ fn a_daemon_whose_device_is_removed_says_so_and_ends() {
     assert_eq!(daemon.wait_exit().code(), Some(1), "a supervisor restarts it");
     assert!(daemon.log().contains("its TUN device was removed"), "{}", daemon.log());
     daemon.start_and_wait();
+}
+
+#[test]
+fn a_daemon_without_the_capability_says_so_before_it_takes_a_lease() {
+    let (_lab, host, registry) = one_host("capless");
+    let mut plain = host.ns().command("setpriv");
+    plain
+        .args(["--bounding-set=-net_admin", FLANNELD])
+        .args(registry.flags());
+    flannel::lab::without_daemon_env(&mut plain);
+    let output = plain.output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("CAP_NET_ADMIN"), "{said}");
+    let leases = registry.flanneld(host.ns(), &["leases", "list"]);
+    assert!(leases.starts_with("no leases"), "{leases}");
+}
+
+#[test]
+fn an_embedded_registry_that_may_not_be_written_ends_the_daemon_with_the_remedy() {
+    let (_lab, host, registry) = one_host("readonly");
+    let mut nobody = host.ns().command("setpriv");
+    // Root without what makes root more than others, in a directory of somebody else.
+    nobody.args([
+        "--bounding-set=+net_admin,-dac_override,-dac_read_search,-fowner",
+        FLANNELD,
+    ]);
+    let directory = registry.flags()[0].split_once('=').unwrap().1;
+    let chown = |owner: u32| {
+        std::os::unix::fs::chown(directory, Some(owner), Some(owner)).unwrap();
+        std::os::unix::fs::chown(format!("{directory}/lock"), Some(owner), Some(owner)).unwrap();
+    };
+    chown(65_534);
+    flannel::lab::without_daemon_env(&mut nobody);
+    let output = nobody.args(registry.flags()).output().unwrap();
+    chown(0);
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("run as root, or as a user who may write"), "{said}");
+}
+
+#[test]
+fn a_loopback_interface_is_warned_of_and_its_mtu_is_cut_to_a_datagrams() {
+    let (lab, host, registry) = one_host("loopback");
+    let mut daemon = Daemon::new(&lab, &host, &registry).with("--iface=lo");
+    daemon.start_and_wait();
+    daemon.wait_for_log("other hosts cannot reach this one");
+    assert!(host.ns().ip("link show flannel0").unwrap().contains("mtu 65507"));
+}
+
+#[test]
+fn a_route_in_the_way_of_an_ipv6_overlay_is_named_with_its_device() {
+    let mut lab = new_lab("v6route");
+    let host = lab.host("h1").unwrap();
+    let registry = Registry::embedded(&lab);
+    registry.configure(
+        host.ns(),
+        r#"{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:12:13::/48"}"#,
+    );
+    host.ns().ip("link add other type bridge").unwrap();
+    host.ns().ip("link set other up").unwrap();
+    host.ns().ip("-6 route add fd00:12:13::/48 dev other").unwrap();
+    let mut daemon = Daemon::new(&lab, &host, &registry);
+    daemon.start();
+    assert_eq!(daemon.wait_exit().code(), Some(1));
+    let log = daemon.log();
+    assert!(log.contains("through other."), "{log}");
 }
 
 #[test]

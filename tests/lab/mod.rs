@@ -79,6 +79,11 @@ impl Registry {
         self
     }
 
+    /// The flags themselves, for a flanneld that is started in a way of its own.
+    pub(crate) fn flags(&self) -> &[String] {
+        &self.flags
+    }
+
     /// Writes the network's configuration with `flanneld network set`, run in `ns`.
     pub(crate) fn configure(&self, ns: &Namespace, json: &str) {
         self.flanneld(ns, &["network", "set", json]);
