@@ -14,6 +14,7 @@
 //! | [`network`], [`subnet_file`] | the network's configuration; what Docker reads |
 //! | [`engine`] | the packet engine: workers between TUN queues and UDP sockets |
 //! | [`route_table`] | destination to peer, immutable, published without a lock |
+//! | [`offload`] | superpackets into packets of the MTU and back; pure |
 //! | [`packet`] | protocols as views over bytes; pure |
 //! | [`kernel`] | links, addresses and routes over netlink |
 //! | [`observe`] | logs and health |
@@ -35,6 +36,7 @@ pub mod lab;
 pub mod lease;
 pub mod network;
 pub mod observe;
+pub mod offload;
 pub mod packet;
 pub mod registry;
 pub mod route_table;

@@ -30,7 +30,7 @@ pub struct Ipv4 {
 
 impl Ipv4 {
     /// A packet from `src` to `dst` with a TTL of 64.
-    pub fn new(src: Ipv4Addr, dst: Ipv4Addr) -> Self {
+    pub const fn new(src: Ipv4Addr, dst: Ipv4Addr) -> Self {
         Self {
             src,
             dst,
@@ -130,7 +130,7 @@ pub struct Ipv6 {
 
 impl Ipv6 {
     /// A packet from `src` to `dst` with a hop limit of 64.
-    pub fn new(src: Ipv6Addr, dst: Ipv6Addr) -> Self {
+    pub const fn new(src: Ipv6Addr, dst: Ipv6Addr) -> Self {
         Self {
             src,
             dst,

@@ -8,14 +8,14 @@ use super::{Hop, Malformed, array, be16, checksum, put16};
 pub const HEADER_LEN: usize = 20;
 
 // Offsets of the fields, RFC 791 section 3.1.
-const TOS: usize = 1;
-const TOTAL_LEN: usize = 2;
-const IDENT: usize = 4;
-const FRAGMENT: usize = 6;
-const TTL: usize = 8;
-const PROTOCOL: usize = 9;
-const CHECKSUM: usize = 10;
-const SRC: usize = 12;
+pub(crate) const TOS: usize = 1;
+pub(crate) const TOTAL_LEN: usize = 2;
+pub(crate) const IDENT: usize = 4;
+pub(crate) const FRAGMENT: usize = 6;
+pub(crate) const TTL: usize = 8;
+pub(crate) const PROTOCOL: usize = 9;
+pub(crate) const CHECKSUM: usize = 10;
+pub(crate) const SRC: usize = 12;
 const DST: usize = 16;
 
 const DONT_FRAGMENT: u16 = 0x4000;

@@ -8,11 +8,11 @@ use super::{Hop, Malformed, array, be16, be32, checksum, put16, put32};
 pub const HEADER_LEN: usize = 40;
 
 // Offsets of the fields, RFC 8200 section 3.
-const PAYLOAD_LEN: usize = 4;
-const NEXT_HEADER: usize = 6;
-const HOP_LIMIT: usize = 7;
-const SRC: usize = 8;
-const DST: usize = 24;
+pub(crate) const PAYLOAD_LEN: usize = 4;
+pub(crate) const NEXT_HEADER: usize = 6;
+pub(crate) const HOP_LIMIT: usize = 7;
+pub(crate) const SRC: usize = 8;
+pub(crate) const DST: usize = 24;
 
 // Extension headers that are walked over, RFC 8200 section 4 and RFC 4302. ESP (50) hides what follows, and
 // mobility (135), HIP (139) and shim6 (140) are followed by nothing a router cares for: to us they are protocols.
@@ -21,6 +21,9 @@ const ROUTING: u8 = 43;
 const FRAGMENT: u8 = 44;
 const AUTHENTICATION: u8 = 51;
 const DESTINATION_OPTIONS: u8 = 60;
+
+/// The extension headers that are walked over.
+pub(crate) const EXTENSION_HEADERS: [u8; 5] = [HOP_BY_HOP, ROUTING, FRAGMENT, AUTHENTICATION, DESTINATION_OPTIONS];
 
 /// RFC 8200 section 4.1 knows six extension headers in one packet (destination options twice); two more are patience.
 const MAX_EXTENSION_HEADERS: usize = 8;
@@ -170,10 +173,7 @@ impl<T: AsRef<[u8]>> Ipv6Packet<T> {
             fragment: None,
         };
         for _ in 0..MAX_EXTENSION_HEADERS {
-            if !matches!(
-                upper.protocol,
-                HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION_OPTIONS
-            ) {
+            if !EXTENSION_HEADERS.contains(&upper.protocol) {
                 return Ok(upper);
             }
             let header = bytes.get(upper.offset..upper.offset + 8).ok_or(Malformed::Truncated)?;

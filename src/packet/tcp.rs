@@ -10,12 +10,13 @@ pub const HEADER_LEN: usize = 20;
 // Offsets of the fields, RFC 9293 section 3.1.
 const SRC_PORT: usize = 0;
 const DST_PORT: usize = 2;
-const SEQ: usize = 4;
-const ACK: usize = 8;
-const DATA_OFFSET: usize = 12;
-const FLAGS: usize = 13;
-const WINDOW: usize = 14;
-const CHECKSUM: usize = 16;
+pub(crate) const SEQ: usize = 4;
+pub(crate) const ACK: usize = 8;
+pub(crate) const DATA_OFFSET: usize = 12;
+pub(crate) const FLAGS: usize = 13;
+pub(crate) const WINDOW: usize = 14;
+pub(crate) const CHECKSUM: usize = 16;
+pub(crate) const URGENT: usize = 18;
 
 /// The control bits, in the order of the header's byte 13.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

@@ -8,8 +8,8 @@ pub const HEADER_LEN: usize = 8;
 // Offsets of the fields.
 const SRC_PORT: usize = 0;
 const DST_PORT: usize = 2;
-const LEN: usize = 4;
-const CHECKSUM: usize = 6;
+pub(crate) const LEN: usize = 4;
+pub(crate) const CHECKSUM: usize = 6;
 
 /// A view over a UDP datagram: the payload of an IP packet.
 #[derive(Clone, Copy, Debug)]
