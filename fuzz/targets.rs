@@ -2,6 +2,7 @@
 //! the committed corpora. Each of them panics if bytes from the network, or from etcd, break a promise of the library.
 
 mod control;
+mod superpackets;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -13,22 +14,27 @@ use flannel::route_table::{Peer, RouteTable, Routes};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 pub use control::{lease_value, network_config, subnet_file, subnet_key};
+pub use superpackets::{coalesce, split, split_coalesce, virtio};
 
 /// A target: panics if `data` breaks a promise.
 pub type Target = fn(data: &[u8]);
 
 /// All targets by name.
 pub const TARGETS: &[(&str, Target)] = &[
+    ("coalesce", coalesce),
     ("icmp", icmp),
     ("ipv4", ipv4),
     ("ipv6", ipv6),
     ("lease_value", lease_value),
     ("network_config", network_config),
     ("route_table", route_table),
+    ("split", split),
+    ("split_coalesce", split_coalesce),
     ("subnet_file", subnet_file),
     ("subnet_key", subnet_key),
     ("tcp", tcp),
     ("udp", udp),
+    ("virtio", virtio),
 ];
 
 /// The partial sum of some pseudo header: the checks hold for any.
