@@ -3,15 +3,15 @@
 mod lab;
 
 use flannel::{
-    lab::{HostOptions, Namespace, wait_until},
+    lab::{Container, HostOptions, Namespace, wait_until},
     packet::{Ipv4Packet, build},
 };
 use lab::{
     CONFIG, Daemon, Overlay, PATIENCE, Registry, assert_loses, assert_reaches, inside, new_lab, output_of, ping, stream,
 };
 use std::{
-    io,
-    net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket},
+    io::{self, Read, Write},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     time::{Duration, Instant},
 };
 
@@ -160,24 +160,80 @@ fn a_large_transfer_arrives_whole_in_both_directions() {
     let [one, two] = &overlay.containers[..] else {
         unreachable!()
     };
-    for (from, to) in [(one, two), (two, one)] {
-        let listener = inside(&to.ns, || std::net::TcpListener::bind((to.ip, 7000))).unwrap();
-        let sending = inside(&from.ns, || TcpStream::connect((to.ip, 7000))).unwrap();
-        // A pattern whose period divides no segment size, so that lost or doubled bytes show.
-        let pattern: Vec<u8> = (0..8_388_593u32)
-            .map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8)
-            .collect();
-        let expected = pattern.clone();
-        let sender = std::thread::spawn(move || io::Write::write_all(&mut { sending }, &pattern).unwrap());
-        let mut received = Vec::new();
-        io::Read::read_to_end(&mut listener.accept().unwrap().0, &mut received).unwrap();
-        sender.join().unwrap();
-        assert!(
-            received == expected,
-            "{} bytes arrived, some of them wrong",
-            received.len()
-        );
+    transfer(one, two);
+    transfer(two, one);
+}
+
+#[test]
+fn hosts_with_and_without_offloads_understand_one_another() {
+    let lab = new_lab("mixed");
+    let registry = Registry::embedded(&lab);
+    let host = HostOptions::default;
+    let flags = [
+        (host(), &[][..]),
+        (host(), &["--offload=false"]),
+        (host(), &["-tun=plain", "--offload=false"]),
+    ];
+    let overlay = Overlay::start_hosts(lab, registry, CONFIG, &flags);
+    overlay.assert_all_reach_all();
+    assert!(
+        overlay.hosts[0]
+            .ns()
+            .ip("-d link show flannel0")
+            .unwrap()
+            .contains("vnet_hdr on")
+    );
+    assert!(
+        overlay.hosts[1]
+            .ns()
+            .ip("-d link show flannel0")
+            .unwrap()
+            .contains("vnet_hdr off")
+    );
+    for from in &overlay.containers {
+        for to in overlay.containers.iter().filter(|to| to.name != from.name) {
+            transfer(from, to);
+        }
     }
+}
+
+#[test]
+fn a_path_that_refuses_segmented_messages_gets_single_ones() {
+    let mut overlay = Overlay::start("refused", 2);
+    overlay.assert_all_reach_all();
+    let [one, two] = &overlay.containers[..] else {
+        unreachable!()
+    };
+    // Datagrams of the overlay's MTU no longer fit: the kernel refuses to cut them together, and fragments them alone.
+    let peer = overlay.hosts[1].ip();
+    overlay.hosts[0]
+        .ns()
+        .ip(&format!("route add {peer}/32 dev eth0 mtu 1400"))
+        .unwrap();
+    transfer(one, two);
+    overlay.daemons[0].assert_running();
+}
+
+/// Carries some megabytes over TCP and looks at each byte.
+fn transfer(from: &Container, to: &Container) {
+    let listener = inside(&to.ns, || TcpListener::bind((to.ip, 7000))).unwrap();
+    let sending = inside(&from.ns, || TcpStream::connect((to.ip, 7000))).unwrap();
+    // A pattern whose period divides no segment size, so that lost or doubled bytes show.
+    let pattern: Vec<u8> = (0..8_388_593u32)
+        .map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8)
+        .collect();
+    let expected = pattern.clone();
+    let sender = std::thread::spawn(move || (&sending).write_all(&pattern).unwrap());
+    let mut received = Vec::new();
+    listener.accept().unwrap().0.read_to_end(&mut received).unwrap();
+    sender.join().unwrap();
+    assert!(
+        received == expected,
+        "{} to {}: {} bytes arrived, some of them wrong",
+        from.name,
+        to.name,
+        received.len()
+    );
 }
 
 #[test]

@@ -15,13 +15,13 @@ use tokio::sync::mpsc::UnboundedSender;
 use tracing::{info, warn};
 
 use crate::{
-    engine::{Engine, IcmpSource, Parts},
+    engine::{Engine, IcmpSource, Offloads, Parts},
     kernel::{Kernel, external::External},
     lease::{record::Lease, watch::PeerSet},
     network::{BackendKind, Network},
     route_table::{Peer, RouteTable, Routes},
     sys::{
-        tun::{self, Tun},
+        tun::{self, Tun, TunOffload},
         udp,
     },
 };
@@ -58,10 +58,12 @@ pub enum TunMode {
 }
 
 /// What the user chose.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub struct Options {
     /// Number of workers; from the processors by default.
     pub workers: Option<NonZeroUsize>,
+    /// Whether the kernel may hand over and take packets in bulk.
+    pub offload: bool,
     /// How the TUN device is opened.
     pub tun: TunMode,
 }
@@ -71,6 +73,7 @@ pub struct Udp {
     external: External,
     port: u16,
     tun: TunMode,
+    offload: bool,
     workers: usize,
     mtu: u32,
     routes: Routes,
@@ -120,6 +123,7 @@ impl Udp {
             external: external.clone(),
             port,
             tun: options.tun,
+            offload: options.offload,
             workers,
             mtu,
             routes: Routes::default(),
@@ -129,18 +133,26 @@ impl Udp {
         })
     }
 
+    fn open_queues(&self) -> io::Result<(Tun, TunOffload)> {
+        if self.offload {
+            tun::open_offload(DEVICE, self.workers)
+        } else {
+            tun::open_multi_queue(DEVICE, self.workers).map(|device| (device, TunOffload::None))
+        }
+    }
+
     /// Opens the TUN device, by the plain path where the fast one is refused.
-    fn open_device(&mut self) -> Result<Tun, Error> {
+    fn open_device(&mut self) -> Result<(Tun, TunOffload), Error> {
         let opened = match self.tun {
-            TunMode::Plain => tun::open_plain(DEVICE),
-            TunMode::Auto => tun::open_multi_queue(DEVICE, self.workers).or_else(|error| {
+            TunMode::Plain => tun::open_plain(DEVICE).map(|device| (device, TunOffload::None)),
+            TunMode::Auto => self.open_queues().or_else(|error| {
                 if error.raw_os_error() != Some(libc::EINVAL) {
                     return Err(error);
                 }
                 warn!("the kernel refuses a TUN device with several queues ({error}): using one queue and one worker");
                 self.workers = 1;
                 self.sockets.truncate(1);
-                tun::open_plain(DEVICE)
+                tun::open_plain(DEVICE).map(|device| (device, TunOffload::None))
             }),
         };
         opened.map_err(|source| Error::Tun {
@@ -167,7 +179,7 @@ impl Backend for Udp {
     }
 
     fn start(&mut self, network: &Network, own: &Lease) -> Result<(), Error> {
-        let device = self.open_device()?;
+        let (device, tun_offload) = self.open_device()?;
         configure(
             &mut Kernel::open()?,
             &device.name,
@@ -176,17 +188,24 @@ impl Backend for Udp {
             network,
             own,
         )?;
+        let offloads = Offloads {
+            tun_tcp: tun_offload >= TunOffload::Tcp,
+            tun_udp: tun_offload == TunOffload::TcpUdp,
+            udp_segment: self.offload && self.sockets.iter().all(udp::can_segment),
+            udp_gro: self.offload && self.sockets.iter().all(|socket| udp::enable_gro(socket).is_ok()),
+        };
         let failures = self.failures.clone();
         let parts = Parts {
             queues: device.queues,
             sockets: std::mem::take(&mut self.sockets),
             routes: self.routes.clone(),
             icmp_source: icmp_source(own),
+            offloads,
         };
         // Nobody listens any more when the daemon is ending.
         let engine = Engine::start(parts, move |reason| drop(failures.send(reason))).map_err(Error::Engine)?;
         info!(
-            "{} is up: address {}, MTU {}, {} worker{}, UDP {}:{} on {}",
+            "{} is up: address {}, MTU {}, {} worker{}, UDP {}:{} on {}, offloads: {offloads}",
             device.name,
             own.subnets.v4().addr(),
             self.mtu,
@@ -209,6 +228,14 @@ impl Backend for Udp {
         });
         self.routes.publish(RouteTable::new(routes));
         Ok(())
+    }
+}
+
+impl Drop for Udp {
+    fn drop(&mut self) {
+        if let Some(engine) = &self.engine {
+            info!("{}", engine.summary());
+        }
     }
 }
 

@@ -204,6 +204,21 @@ pub struct RunArgs {
     )]
     pub workers: Workers,
 
+    /// Let the kernel hand over and take packets in bulk; without, each goes by itself
+    #[arg(
+        long,
+        env = "FLANNELD_OFFLOAD",
+        value_name = "BOOL",
+        num_args = 0..=1,
+        require_equals = true,
+        default_value = "true",
+        default_missing_value = "true",
+        value_parser = boolean,
+        action = clap::ArgAction::Set,
+        help_heading = "udp backend"
+    )]
+    pub offload: bool,
+
     /// How to open the TUN device: auto, with whatever the kernel can do; plain, one queue through tun-tap
     #[arg(
         long,
@@ -233,6 +248,7 @@ impl RunArgs {
             health: (self.healthz_port != 0).then(|| SocketAddr::new(self.healthz_ip, self.healthz_port)),
             udp: udp::Options {
                 workers: self.workers,
+                offload: self.offload,
                 tun: match self.tun {
                     Tun::Auto => TunMode::Auto,
                     Tun::Plain => TunMode::Plain,

@@ -2,15 +2,19 @@
 //!
 //! One [`worker`] for each TUN queue, with a socket of its own; it runs each packet to completion. What it shares with the
 //! rest of the daemon: the published route table (one atomic load a batch), a channel for [commands](Command), and its
-//! [`Counters`]. It knows nothing of the registry, takes no lock, and neither allocates nor logs per packet.
+//! [`Counters`]. It knows nothing of the registry, takes no lock, and neither allocates nor logs per packet; what the kernel
+//! refuses while it runs is said once.
 
 pub mod counters;
+mod egress;
 pub mod forward;
+mod ingress;
 mod rate_limit;
+mod refusal;
 mod worker;
 
 use std::{
-    io,
+    fmt, io,
     net::{Ipv4Addr, Ipv6Addr, UdpSocket},
     sync::Arc,
     thread::{self, JoinHandle},
@@ -34,6 +38,41 @@ pub struct Parts {
     pub routes: Routes,
     /// Where the engine's own ICMP errors come from.
     pub icmp_source: IcmpSource,
+    /// What the kernel does for the engine.
+    pub offloads: Offloads,
+}
+
+/// What the kernel does for the engine, as it was probed and as the user allows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Offloads {
+    /// The device takes superpackets of TCP.
+    pub tun_tcp: bool,
+    /// The device takes superpackets of UDP.
+    pub tun_udp: bool,
+    /// The sockets cut long messages into datagrams (`UDP_SEGMENT`).
+    pub udp_segment: bool,
+    /// The sockets merge datagrams into long messages (`UDP_GRO`).
+    pub udp_gro: bool,
+}
+
+impl fmt::Display for Offloads {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names = [
+            (self.tun_tcp, "TUN TCP"),
+            (self.tun_udp, "TUN UDP"),
+            (self.udp_segment, "UDP_SEGMENT"),
+            (self.udp_gro, "UDP_GRO"),
+        ];
+        let on: Vec<&str> = names.into_iter().filter_map(|(on, name)| on.then_some(name)).collect();
+        f.write_str(
+            if on.is_empty() {
+                "none".to_owned()
+            } else {
+                on.join(", ")
+            }
+            .as_str(),
+        )
+    }
 }
 
 /// The addresses under which this hop tells senders of its errors.
@@ -83,6 +122,7 @@ impl Engine {
                 socket,
                 routes: &parts.routes,
                 icmp_source: parts.icmp_source,
+                offloads: parts.offloads,
                 inbox,
                 counters: Arc::clone(&counters),
                 sharers: count,
@@ -107,6 +147,26 @@ impl Engine {
             });
         }
         Ok(engine)
+    }
+
+    /// What all workers together have carried and dropped, for the log.
+    pub fn summary(&self) -> String {
+        let sum = |count: &dyn Fn(&Counters) -> u64| self.counters().map(count).sum::<u64>();
+        let drops: String = counters::Drop::ALL
+            .into_iter()
+            .map(|reason| (reason.name(), sum(&|counters| counters.dropped(reason))))
+            .filter(|(_, count)| *count > 0)
+            .map(|(name, count)| format!(", {name} {count}"))
+            .collect();
+        format!(
+            "sent {} packets ({} bytes), received {} ({} bytes), ICMP errors {}; dropped{}",
+            sum(&|counters| counters.sent_packets.get()),
+            sum(&|counters| counters.sent_bytes.get()),
+            sum(&|counters| counters.received_packets.get()),
+            sum(&|counters| counters.received_bytes.get()),
+            sum(&|counters| counters.icmp_errors.get()),
+            drops.strip_prefix(',').unwrap_or(" none"),
+        )
     }
 
     /// The counters of each worker.

@@ -3,7 +3,7 @@
 use std::{
     ffi::CStr,
     fs::{File, OpenOptions},
-    io::{self, Read, Write},
+    io::{self, IoSlice, Read, Write},
     os::{
         fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd},
         unix::fs::OpenOptionsExt,
@@ -17,6 +17,8 @@ const CLONE_DEVICE: &str = "/dev/net/tun";
 #[derive(Debug)]
 pub struct TunQueue {
     file: File,
+    /// A virtio header stands in front of each packet.
+    headers: bool,
 }
 
 /// A TUN device with its queues.
@@ -28,7 +30,23 @@ pub struct Tun {
     pub queues: Vec<TunQueue>,
 }
 
+/// What a device hands over and takes besides packets of its MTU (`TUNSETOFFLOAD`), from least to most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum TunOffload {
+    /// Nothing, and no virtio header in front of packets.
+    None,
+    /// Packets whose checksum is not computed yet, and superpackets of TCP.
+    Tcp,
+    /// Superpackets of UDP too: Linux 6.2.
+    TcpUdp,
+}
+
 impl TunQueue {
+    /// Whether a virtio header stands in front of each packet that is read, and must in front of each that is sent.
+    pub fn has_headers(&self) -> bool {
+        self.headers
+    }
+
     /// Reads one IP packet into `buffer`; its length. A longer packet is cut.
     ///
     /// # Errors
@@ -44,13 +62,51 @@ impl TunQueue {
     pub fn send(&self, packet: &[u8]) -> io::Result<()> {
         (&self.file).write(packet).map(drop)
     }
+
+    /// The same with a packet in parts, the first of which begins with the virtio header: for a device from
+    /// [`open_offload`]. At most 1,024 parts.
+    ///
+    /// # Errors
+    /// As [`send`](Self::send); `EINVAL` also when the kernel does not like the virtio header, as some kernels do not like
+    /// that of UDP superpackets.
+    pub fn send_parts(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
+        (&self.file).write_vectored(parts).map(drop)
+    }
+
+    /// Sets what the device hands over: it belongs to the device and not to the queue.
+    ///
+    /// Only for a queue with virtio headers; they stay, also with [`TunOffload::None`].
+    ///
+    /// # Errors
+    /// `EINVAL`: the kernel does not know one of the kinds, and nothing has changed.
+    pub fn set_offload(&self, offload: TunOffload) -> io::Result<()> {
+        // With TSO_ECN the kernel leaves segments that carry CWR in one piece too.
+        let tcp = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
+        let flags = match offload {
+            TunOffload::None => 0,
+            TunOffload::Tcp => tcp,
+            TunOffload::TcpUdp => tcp | libc::TUN_F_USO4 | libc::TUN_F_USO6,
+        };
+        // SAFETY: TUNSETOFFLOAD takes its argument by value and touches no memory of this process.
+        let result = unsafe {
+            libc::ioctl(
+                self.file.as_raw_fd(),
+                libc::TUNSETOFFLOAD as _,
+                libc::c_ulong::from(flags),
+            )
+        };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
 }
 
 /// For tests: anything that keeps packets apart.
 #[cfg(test)]
 impl From<File> for TunQueue {
     fn from(file: File) -> Self {
-        Self { file }
+        Self { file, headers: false }
     }
 }
 
@@ -68,14 +124,42 @@ impl AsRawFd for TunQueue {
 /// `EINVAL` from a kernel without multi-queue (before Linux 3.8); `ENOENT` without the `tun` module; `EPERM` without
 /// `CAP_NET_ADMIN`; `EBUSY` when a device of that name exists.
 pub fn open_multi_queue(pattern: &str, queues: usize) -> io::Result<Tun> {
+    open_queues(pattern, queues, libc::IFF_MULTI_QUEUE)
+}
+
+/// Makes a TUN device like [`open_multi_queue`], with the most offload the kernel has; which that is. Unless it is
+/// [`TunOffload::None`], every packet read or written has a virtio header in front ([`crate::offload::virtio`]) and a read
+/// brings up to 64 KiB.
+///
+/// # Errors
+/// As [`open_multi_queue`].
+pub fn open_offload(pattern: &str, queues: usize) -> io::Result<(Tun, TunOffload)> {
+    // EINVAL here is a kernel without virtio headers, or one without multi-queue: the plain way tells which.
+    if let Ok(device) = open_queues(pattern, queues, libc::IFF_MULTI_QUEUE | libc::IFF_VNET_HDR) {
+        for offload in [TunOffload::TcpUdp, TunOffload::Tcp] {
+            // After the last queue was attached: attaching may reset it.
+            if device
+                .queues
+                .iter()
+                .take(1)
+                .all(|queue| queue.set_offload(offload).is_ok())
+            {
+                return Ok((device, offload));
+            }
+        }
+    }
+    Ok((open_multi_queue(pattern, queues)?, TunOffload::None))
+}
+
+fn open_queues(pattern: &str, queues: usize, flags: libc::c_int) -> io::Result<Tun> {
     // IFF_TUN_EXCL: never become a queue of a device that another process made, which would take part of its traffic.
-    let (name, first) = attach(pattern, libc::IFF_MULTI_QUEUE | libc::IFF_TUN_EXCL)?;
+    let (name, first) = attach(pattern, flags | libc::IFF_TUN_EXCL)?;
     let mut device = Tun {
         name,
         queues: vec![first],
     };
     for _ in 1..queues {
-        let (_, queue) = attach(&device.name, libc::IFF_MULTI_QUEUE)?;
+        let (_, queue) = attach(&device.name, flags)?;
         device.queues.push(queue);
     }
     Ok(device)
@@ -105,6 +189,7 @@ pub fn open_plain(pattern: &str) -> io::Result<Tun> {
         name,
         queues: vec![TunQueue {
             file: File::from(descriptor),
+            headers: false,
         }],
     })
 }
@@ -136,5 +221,11 @@ fn attach(name: &str, flags: libc::c_int) -> io::Result<(String, TunQueue)> {
     }
     // SAFETY: the kernel has written a name that ends with 0 inside the array.
     let actual = unsafe { CStr::from_ptr(request.ifr_name.as_ptr()) };
-    Ok((actual.to_string_lossy().into_owned(), TunQueue { file }))
+    Ok((
+        actual.to_string_lossy().into_owned(),
+        TunQueue {
+            file,
+            headers: flags & libc::IFF_VNET_HDR != 0,
+        },
+    ))
 }

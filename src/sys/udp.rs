@@ -1,8 +1,11 @@
 //! The tunnel's UDP sockets: one for each worker, all on one port; batches of datagrams in one system call.
 
 use std::{
-    io, mem,
+    io,
+    marker::PhantomData,
+    mem,
     net::{SocketAddr, UdpSocket},
+    ops::Range,
     os::fd::AsRawFd,
     ptr,
     time::Duration,
@@ -14,7 +17,7 @@ use socket2::{Domain, Socket, Type};
 /// by the kernel's own accounting (an skb of a 1,500-byte packet is charged about 2,304 bytes).
 const SOCKET_BUFFER_BYTES: libc::c_int = 4 << 20;
 
-/// Datagrams moved by one call. 64 spreads the cost of the call to a few ns a packet; more only adds latency.
+/// Messages moved by one call. 64 spreads the cost of the call to a few ns a packet; more only adds latency.
 pub const BATCH: usize = 64;
 
 /// No UDP datagram is longer (16-bit length in the UDP and IPv4 headers).
@@ -148,11 +151,20 @@ const EMPTY_HEADER: libc::mmsghdr = libc::mmsghdr {
     msg_len: 0,
 };
 
-/// Space to receive up to [`BATCH`] datagrams in one call.
+/// Room for one control message whose value is no longer than a `c_int`: a segment size. (cmsg(3): header of 16 bytes,
+/// value, padding to 8.)
+#[repr(C, align(8))]
+#[derive(Clone, Copy)]
+struct Control([u8; 24]);
+
+const EMPTY_CONTROL: Control = Control([0; 24]);
+
+/// Space to receive up to [`BATCH`] messages in one call: each one datagram, or what GRO has made of several.
 pub struct RecvBatch {
     buffer: Box<[u8]>,
     headers: Box<[libc::mmsghdr; BATCH]>,
     vectors: Box<[libc::iovec; BATCH]>,
+    controls: Box<[Control; BATCH]>,
 }
 
 // SAFETY: the raw pointers in `headers` and `vectors` are written anew from the owned buffers at each call and are used by
@@ -160,26 +172,25 @@ pub struct RecvBatch {
 unsafe impl Send for RecvBatch {}
 
 impl RecvBatch {
-    /// Room for [`BATCH`] datagrams of any length.
+    /// Room for [`BATCH`] messages of any length.
     pub fn new() -> Self {
         Self {
             buffer: vec![0; BATCH * RECV_STRIDE].into_boxed_slice(),
             headers: Box::new([EMPTY_HEADER; BATCH]),
             vectors: Box::new([EMPTY_IOVEC; BATCH]),
+            controls: Box::new([EMPTY_CONTROL; BATCH]),
         }
     }
 
-    /// Receives what is waiting, at most [`BATCH`] datagrams; how many came.
+    /// Receives what is waiting, at most `most` messages ([`BATCH`] is the limit); how many came.
     ///
     /// # Errors
     /// `WouldBlock`: none is waiting; others as `recvmmsg(2)`.
-    pub fn recv(&mut self, socket: &UdpSocket) -> io::Result<usize> {
-        for ((slot, header), vector) in self
-            .buffer
-            .chunks_exact_mut(RECV_STRIDE)
-            .zip(self.headers.iter_mut())
-            .zip(self.vectors.iter_mut())
-        {
+    pub fn recv(&mut self, socket: &UdpSocket, most: usize) -> io::Result<usize> {
+        let most = most.min(BATCH);
+        let slots = self.buffer.chunks_exact_mut(RECV_STRIDE);
+        let space = self.vectors.iter_mut().zip(self.controls.iter_mut());
+        for ((slot, header), (vector, control)) in slots.zip(self.headers.iter_mut()).zip(space).take(most) {
             *vector = libc::iovec {
                 iov_base: slot.as_mut_ptr().cast(),
                 iov_len: MAX_DATAGRAM,
@@ -187,16 +198,18 @@ impl RecvBatch {
             header.msg_hdr = libc::msghdr {
                 msg_iov: vector,
                 msg_iovlen: 1,
+                msg_control: ptr::from_mut(control).cast(),
+                msg_controllen: mem::size_of::<Control>(),
                 ..EMPTY_HEADER.msg_hdr
             };
         }
-        // SAFETY: every header points at one vector, and every vector at its own MAX_DATAGRAM bytes of `buffer`; all of
-        // them are owned by `self` and live through the call.
+        // SAFETY: each of the first `most` headers points at one vector and one control buffer, and each vector at its own
+        // MAX_DATAGRAM bytes of `buffer`; all of them are owned by `self` and live through the call.
         let count = unsafe {
             libc::recvmmsg(
                 socket.as_raw_fd(),
                 self.headers.as_mut_ptr(),
-                BATCH as libc::c_uint,
+                most as libc::c_uint,
                 libc::MSG_DONTWAIT,
                 ptr::null_mut(),
             )
@@ -208,83 +221,199 @@ impl RecvBatch {
         }
     }
 
-    /// The payload of datagram `index` of the last [`Self::recv`].
+    /// The buffer that the ranges of [`Self::message`] lie in.
+    pub fn arena(&mut self) -> &mut [u8] {
+        &mut self.buffer
+    }
+
+    /// Where message `index` of the last [`Self::recv`] is in [`Self::arena`], and the length of each datagram in it but the
+    /// last, which may be shorter.
     ///
     /// # Panics
     /// When `index` is not below [`BATCH`].
-    pub fn datagram(&mut self, index: usize) -> &mut [u8] {
+    pub fn message(&self, index: usize) -> (Range<usize>, usize) {
         let length = (self.headers[index].msg_len as usize).min(MAX_DATAGRAM);
         let start = index * RECV_STRIDE;
-        &mut self.buffer[start..start + length]
+        (start..start + length, self.segment(index).unwrap_or(length))
+    }
+
+    /// What GRO says of message `index`: the length of its datagrams.
+    fn segment(&self, index: usize) -> Option<usize> {
+        let header = &self.headers[index].msg_hdr;
+        // SAFETY: `msg_control` points at the `Control` that `recv` gave it, which is owned by `self`, aligned, and of at
+        // least `msg_controllen` bytes: the kernel has set that to what it wrote, and never raises it. CMSG_FIRSTHDR gives
+        // null when that is less than a header.
+        let message = unsafe { libc::CMSG_FIRSTHDR(header).as_ref() }?;
+        if (message.cmsg_level, message.cmsg_type) != (libc::SOL_UDP, libc::UDP_GRO) {
+            return None;
+        }
+        // SAFETY: a UDP_GRO message carries one c_int (udp(7)), and the kernel has written it whole or cut the message off.
+        let size = unsafe { libc::CMSG_DATA(message).cast::<libc::c_int>().read_unaligned() };
+        usize::try_from(size).ok().filter(|size| *size > 0)
     }
 }
 
-/// Space to send up to [`BATCH`] datagrams in one call. Borrows no packet beyond a call.
+/// One call's worth of a message to send.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Message {
+    /// Where to.
+    pub to: SocketAddr,
+    /// How many slices its bytes are made of, one behind another; at most [`MAX_SLICES`].
+    pub slices: usize,
+    /// `Some`: the bytes are several datagrams of this length (the last may be shorter), and the kernel cuts them
+    /// (`UDP_SEGMENT`).
+    pub segment: Option<u16>,
+}
+
+/// Slices in one message (`UIO_MAXIOV`).
+pub const MAX_SLICES: usize = 1_024;
+
+/// Space to send up to [`BATCH`] messages in one call. Borrows no packet beyond that.
 pub struct SendBatch {
     headers: Box<[libc::mmsghdr; BATCH]>,
-    vectors: Box<[libc::iovec; BATCH]>,
+    vectors: Vec<libc::iovec>,
     addresses: Box<[SockAddr; BATCH]>,
+    controls: Box<[Control; BATCH]>,
 }
 
 // SAFETY: as for `RecvBatch`: pointers are written anew at each call and used by nothing in between.
 unsafe impl Send for SendBatch {}
 
 impl SendBatch {
-    /// Room for [`BATCH`] datagrams.
+    /// Room for [`BATCH`] messages.
     pub fn new() -> Self {
         Self {
             headers: Box::new([EMPTY_HEADER; BATCH]),
-            vectors: Box::new([EMPTY_IOVEC; BATCH]),
+            vectors: Vec::new(),
             addresses: Box::new([SockAddr::ZERO; BATCH]),
+            controls: Box::new([EMPTY_CONTROL; BATCH]),
         }
     }
 
-    /// Sends the first of `datagrams` (payload, where to), at most [`BATCH`]; how many the kernel took, at least one.
-    ///
-    /// # Errors
-    /// Why the *first* datagram was not taken, as `sendmsg(2)`. An error of a later one shows when it is the first.
-    pub fn send<'a>(
-        &mut self,
-        socket: &UdpSocket,
-        datagrams: impl Iterator<Item = (&'a [u8], SocketAddr)>,
-    ) -> io::Result<usize> {
+    /// Lays out `messages` (at most [`BATCH`] of them count), whose bytes are the next of `slices`, each in its turn.
+    pub fn prepare<'a, 'bytes: 'a>(
+        &'a mut self,
+        messages: &[Message],
+        slices: impl Iterator<Item = &'bytes [u8]>,
+    ) -> Prepared<'a> {
+        self.vectors.clear();
+        self.vectors.extend(slices.map(|slice| libc::iovec {
+            iov_base: slice.as_ptr().cast_mut().cast(),
+            iov_len: slice.len(),
+        }));
+        let mut rest = &mut self.vectors[..];
         let mut count = 0;
-        for (((payload, to), header), (vector, address)) in datagrams
-            .zip(self.headers.iter_mut())
-            .zip(self.vectors.iter_mut().zip(self.addresses.iter_mut()))
-        {
-            let name_length = address.set(to);
-            *vector = libc::iovec {
-                iov_base: payload.as_ptr().cast_mut().cast(),
-                iov_len: payload.len(),
-            };
+        let space = self.addresses.iter_mut().zip(self.controls.iter_mut());
+        for ((message, header), (address, control)) in messages.iter().zip(self.headers.iter_mut()).zip(space) {
+            // No vector is given twice, and none that is not there.
+            let (vectors, after) = rest.split_at_mut(message.slices.min(rest.len()));
+            rest = after;
             header.msg_hdr = libc::msghdr {
+                msg_namelen: address.set(message.to),
                 msg_name: ptr::from_mut(address).cast(),
-                msg_namelen: name_length,
-                msg_iov: vector,
-                msg_iovlen: 1,
+                msg_iov: vectors.as_mut_ptr(),
+                msg_iovlen: vectors.len(),
                 ..EMPTY_HEADER.msg_hdr
             };
+            if let Some(segment) = message.segment {
+                header.msg_hdr.msg_control = ptr::from_mut(control).cast();
+                // SAFETY: CMSG_LEN and CMSG_SPACE only compute; CMSG_FIRSTHDR points into `control`, which is aligned for a
+                // cmsghdr and has room for one with two bytes of data (24 bytes); CMSG_DATA points behind it.
+                unsafe {
+                    header.msg_hdr.msg_controllen = libc::CMSG_SPACE(mem::size_of::<u16>() as libc::c_uint) as usize;
+                    let first = libc::CMSG_FIRSTHDR(&header.msg_hdr);
+                    (*first).cmsg_level = libc::SOL_UDP;
+                    (*first).cmsg_type = libc::UDP_SEGMENT;
+                    (*first).cmsg_len = libc::CMSG_LEN(mem::size_of::<u16>() as libc::c_uint) as usize;
+                    libc::CMSG_DATA(first).cast::<u16>().write_unaligned(segment);
+                }
+            }
             count += 1;
         }
-        if count == 0 {
+        Prepared {
+            headers: &mut self.headers[..count],
+            sent: 0,
+            bytes: PhantomData,
+        }
+    }
+}
+
+/// Messages that are laid out. Borrows the bytes until it is dropped.
+pub struct Prepared<'a> {
+    headers: &'a mut [libc::mmsghdr],
+    sent: usize,
+    /// The vectors point at these.
+    bytes: PhantomData<&'a [u8]>,
+}
+
+impl Prepared<'_> {
+    /// How many messages have been sent or [skipped](Self::skip).
+    pub fn done(&self) -> usize {
+        self.sent
+    }
+
+    /// Sends the messages that are left; how many the kernel took, at least one unless there are none.
+    ///
+    /// # Errors
+    /// Why the *first* of them was not taken, as `sendmsg(2)`. An error of a later one shows when it is the first.
+    pub fn send(&mut self, socket: &UdpSocket) -> io::Result<usize> {
+        let rest = &mut self.headers[self.sent..];
+        if rest.is_empty() {
             return Ok(0);
         }
-        // SAFETY: the first `count` headers point at one vector and one address each, owned by `self`; the vectors point at
-        // payloads that are borrowed for `'a`, which outlives the call; sendmmsg only reads through them.
+        // SAFETY: each header was laid out by `prepare` to point at vectors, an address and a control buffer of the batch,
+        // which is borrowed for as long as this lives, and the vectors point at slices that are, too; sendmmsg only reads
+        // through them.
         let sent = unsafe {
             libc::sendmmsg(
                 socket.as_raw_fd(),
-                self.headers.as_mut_ptr(),
-                count as libc::c_uint,
+                rest.as_mut_ptr(),
+                rest.len() as libc::c_uint,
                 libc::MSG_DONTWAIT,
             )
         };
         if sent < 0 {
-            Err(io::Error::last_os_error())
-        } else {
-            Ok(sent as usize)
+            return Err(io::Error::last_os_error());
         }
+        self.sent += sent as usize;
+        Ok(sent as usize)
+    }
+
+    /// Leaves the first message that is left out.
+    pub fn skip(&mut self) {
+        self.sent = (self.sent + 1).min(self.headers.len());
+    }
+}
+
+/// Whether the kernel cuts long sends into datagrams (`UDP_SEGMENT`, Linux 4.18).
+pub fn can_segment(socket: &UdpSocket) -> bool {
+    // Zero is the default: no segmentation unless a message asks for it.
+    set_udp_option(socket, libc::UDP_SEGMENT, 0).is_ok()
+}
+
+/// Asks the kernel to hand over several datagrams of one flow as one message (`UDP_GRO`, Linux 5.0).
+///
+/// # Errors
+/// `ENOPROTOOPT` from an older kernel.
+pub fn enable_gro(socket: &UdpSocket) -> io::Result<()> {
+    set_udp_option(socket, libc::UDP_GRO, 1)
+}
+
+fn set_udp_option(socket: &UdpSocket, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    // SAFETY: both options take one c_int, which lives through the call.
+    let done = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_UDP,
+            option,
+            ptr::from_ref(&value).cast(),
+            mem::size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if done == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
     }
 }
 
@@ -308,6 +437,25 @@ mod tests {
         "127.0.0.1:0".parse().unwrap()
     }
 
+    fn socket() -> UdpSocket {
+        bind_group(loopback(), 1).unwrap().remove(0)
+    }
+
+    impl RecvBatch {
+        fn bytes(&mut self, index: usize) -> (&[u8], usize) {
+            let (range, segment) = self.message(index);
+            (&self.buffer[range], segment)
+        }
+    }
+
+    fn single(to: SocketAddr) -> Message {
+        Message {
+            to,
+            slices: 1,
+            segment: None,
+        }
+    }
+
     #[test]
     fn a_port_in_use_is_refused_even_to_a_group() {
         let first = bind_group(loopback(), 2).unwrap();
@@ -318,54 +466,89 @@ mod tests {
 
     #[test]
     fn batches_keep_payloads_order_and_destinations() {
-        let sockets = [
-            bind_group(loopback(), 1).unwrap().remove(0),
-            bind_group(loopback(), 1).unwrap().remove(0),
-        ];
-        let sender = bind_group(loopback(), 1).unwrap().remove(0);
+        let (receivers, sender) = ([socket(), socket()], socket());
         let payloads: Vec<Vec<u8>> = (0..BATCH).map(|i| vec![i as u8; 1 + i * 97]).collect();
-        let to = |i: usize| sockets[i % 2].local_addr().unwrap();
-        let sent = SendBatch::new()
-            .send(
-                &sender,
-                payloads
-                    .iter()
-                    .enumerate()
-                    .map(|(i, payload)| (payload.as_slice(), to(i))),
-            )
-            .unwrap();
-        assert_eq!(sent, BATCH);
+        let messages: Vec<Message> = (0..BATCH)
+            .map(|i| single(receivers[i % 2].local_addr().unwrap()))
+            .collect();
+        let mut batch = SendBatch::new();
+        let mut prepared = batch.prepare(&messages, payloads.iter().map(Vec::as_slice));
+        assert_eq!(prepared.send(&sender).unwrap(), BATCH);
+        assert_eq!((prepared.done(), prepared.send(&sender).unwrap()), (BATCH, 0));
         let mut batch = RecvBatch::new();
-        for (offset, socket) in sockets.iter().enumerate() {
-            assert_eq!(batch.recv(socket).unwrap(), BATCH / 2);
+        for (offset, receiver) in receivers.iter().enumerate() {
+            assert_eq!(batch.recv(receiver, BATCH).unwrap(), BATCH / 2);
             for index in 0..BATCH / 2 {
-                assert_eq!(batch.datagram(index), &payloads[2 * index + offset][..]);
+                let payload = &payloads[2 * index + offset];
+                assert_eq!(batch.bytes(index), (&payload[..], payload.len()));
             }
-            assert_eq!(batch.recv(socket).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+            assert_eq!(
+                batch.recv(receiver, BATCH).unwrap_err().kind(),
+                io::ErrorKind::WouldBlock
+            );
         }
     }
 
     #[test]
-    fn the_longest_datagram_arrives_whole() {
-        let receiver = bind_group(loopback(), 1).unwrap().remove(0);
-        let payload = vec![7; 65_507];
-        receiver.send_to(&payload, receiver.local_addr().unwrap()).unwrap();
+    fn no_more_are_received_than_asked_for() {
+        let receiver = socket();
+        for _ in 0..5 {
+            receiver.send_to(b"x", receiver.local_addr().unwrap()).unwrap();
+        }
         let mut batch = RecvBatch::new();
-        assert_eq!(batch.recv(&receiver).unwrap(), 1);
-        assert_eq!(batch.datagram(0), &payload[..]);
+        assert_eq!(batch.recv(&receiver, 3).unwrap(), 3);
+        assert_eq!(batch.recv(&receiver, 1_000).unwrap(), 2);
     }
 
     #[test]
-    fn an_error_of_the_first_datagram_is_told_and_later_ones_go_after_it() {
-        let receiver = bind_group(loopback(), 1).unwrap().remove(0);
-        let sender = bind_group(loopback(), 1).unwrap().remove(0);
+    fn the_longest_datagram_arrives_whole() {
+        let receiver = socket();
+        let payload = vec![7; 65_507];
+        receiver.send_to(&payload, receiver.local_addr().unwrap()).unwrap();
+        let mut batch = RecvBatch::new();
+        assert_eq!(batch.recv(&receiver, BATCH).unwrap(), 1);
+        assert_eq!(batch.bytes(0).0, payload);
+    }
+
+    #[test]
+    fn a_segmented_message_is_several_datagrams_to_one_and_one_message_to_another() {
+        let sender = socket();
+        assert!(can_segment(&sender));
+        let (plain, merging) = (socket(), socket());
+        enable_gro(&merging).unwrap();
+        // Three slices that no boundary of a datagram coincides with.
+        let payload: Vec<u8> = (0..2_500u32).map(|i| i as u8).collect();
+        let slices = [&payload[..700], &payload[700..701], &payload[701..]];
+        let message = |to: &UdpSocket| Message {
+            to: to.local_addr().unwrap(),
+            slices: 3,
+            segment: Some(1_000),
+        };
+        let messages = [message(&plain), message(&merging), single(plain.local_addr().unwrap())];
+        let mut batch = SendBatch::new();
+        let all = slices.into_iter().chain(slices).chain([&b"single"[..]]);
+        assert_eq!(batch.prepare(&messages, all).send(&sender).unwrap(), 3);
+
+        let mut batch = RecvBatch::new();
+        assert_eq!(batch.recv(&plain, BATCH).unwrap(), 4);
+        for (index, expected) in payload.chunks(1_000).chain([&b"single"[..]]).enumerate() {
+            assert_eq!(batch.bytes(index).0, expected);
+        }
+        assert_eq!(batch.recv(&merging, BATCH).unwrap(), 1);
+        assert_eq!(batch.bytes(0), (&payload[..], 1_000));
+    }
+
+    #[test]
+    fn an_error_of_the_first_message_is_told_and_later_ones_go_after_it() {
+        let (receiver, sender) = (socket(), socket());
         let to = receiver.local_addr().unwrap();
         let too_long = vec![0; 65_508];
-        let packets: [&[u8]; 3] = [b"one", &too_long, b"three"];
         let mut batch = SendBatch::new();
-        assert_eq!(batch.send(&sender, packets.iter().map(|p| (*p, to))).unwrap(), 1);
-        let error = batch.send(&sender, packets[1..].iter().map(|p| (*p, to))).unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(libc::EMSGSIZE));
-        assert_eq!(batch.send(&sender, packets[2..].iter().map(|p| (*p, to))).unwrap(), 1);
+        let mut prepared = batch.prepare(&[single(to); 3], [b"one", &too_long[..], b"three"].into_iter());
+        assert_eq!(prepared.send(&sender).unwrap(), 1);
+        assert_eq!(prepared.send(&sender).unwrap_err().raw_os_error(), Some(libc::EMSGSIZE));
+        prepared.skip();
+        assert_eq!(prepared.send(&sender).unwrap(), 1);
+        assert_eq!(prepared.done(), 3);
     }
 }
