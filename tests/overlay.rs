@@ -6,6 +6,7 @@ use flannel::{
     lab::{Container, HostOptions, Namespace, wait_until},
     packet::{Ipv4Packet, build},
 };
+use ipnet::Ipv6Net;
 use lab::{
     CONFIG, Daemon, Overlay, PATIENCE, Registry, assert_loses, assert_reaches, inside, new_lab, output_of, ping, stream,
 };
@@ -283,6 +284,53 @@ fn the_number_of_workers_and_the_plain_device_are_the_users_choice() {
     assert!(device(0).contains("numqueues 5"));
     assert!(!device(1).contains("multi_queue"));
     overlay.assert_all_reach_all();
+}
+
+#[test]
+fn ipv6_travels_beside_ipv4() {
+    let lab = new_lab("dual");
+    let registry = Registry::embedded(&lab);
+    let config = r#"{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:12:13::/48"}"#;
+    let overlay = Overlay::start_on(lab, registry, config, 2);
+    overlay.assert_all_reach_all();
+    let subnets = overlay.daemons.iter().map(|daemon| {
+        let file = std::fs::read_to_string(daemon.subnet_file()).unwrap();
+        let line = file
+            .lines()
+            .find_map(|line| line.strip_prefix("FLANNEL_IPV6_SUBNET="))
+            .unwrap();
+        line.parse::<Ipv6Net>().unwrap()
+    });
+    let [near, far] = subnets.collect::<Vec<_>>()[..] else {
+        unreachable!()
+    };
+    assert!(
+        near != far && near.addr() != near.network(),
+        "the bridge's address is the first one: {near}"
+    );
+    let host = overlay.hosts[0].ns();
+    assert!(
+        host.ip("-6 addr show flannel0")
+            .unwrap()
+            .contains(&format!("{}/128", near.network()))
+    );
+    assert!(
+        host.ip("-6 route show fd00:12:13::/48")
+            .unwrap()
+            .contains("dev flannel0")
+    );
+    wait_until(PATIENCE, "an answer over IPv6", || {
+        output_of(
+            host,
+            "ping",
+            ["-6", "-n", "-c", "1", "-W", "1", &far.network().to_string()],
+        )
+        .contains("1 received")
+    })
+    .unwrap();
+    // Nobody has the last one: an ICMPv6 error at once.
+    let nowhere = output_of(host, "ping", ["-6", "-n", "-c", "1", "-W", "5", "fd00:12:13:ffff::7"]);
+    assert!(nowhere.contains("No route"), "{nowhere}");
 }
 
 #[test]

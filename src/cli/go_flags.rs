@@ -3,7 +3,7 @@
 //! The original's users write `-etcd-endpoints=…`, and so do the service files of distributions; to clap that is a cluster
 //! of short flags. What differs, besides the single dash:
 //! - A flag that takes a value takes the next word whatever it looks like, also `-x`.
-//! - A boolean never takes the next word: it is bare or `=true`. (That is clap's business; see [`boolean`].)
+//! - A boolean never takes the next word: it is bare or `=true`. (That is clap's business; see [`as_go_boolean`].)
 //! - A flag with an empty value (`-iface=$IFACE` in a service file, with no such variable) is the same as no flag. Go's
 //!   empty defaults make it so for the original.
 
@@ -87,6 +87,19 @@ fn joined(name: &str, value: &OsStr) -> OsString {
     let mut joined = OsString::from(format!("--{name}="));
     joined.push(value);
     joined
+}
+
+/// What the help calls the value of a boolean flag, and what [`as_go_boolean`] knows one by.
+pub(super) const BOOL: &str = "BOOL";
+
+/// Gives a flag whose value is a [`BOOL`] Go's form: bare, or with `=` and a value, but never with a value behind a space.
+pub(super) fn as_go_boolean(arg: Arg) -> Arg {
+    let is_boolean = arg.get_value_names().is_some_and(|names| names == [BOOL]);
+    if is_boolean {
+        arg.num_args(0..=1).require_equals(true).default_missing_value("true")
+    } else {
+        arg
+    }
 }
 
 /// A boolean in each of the spellings of Go's `strconv.ParseBool`.

@@ -202,7 +202,7 @@ pub fn command() -> Command {
             .is_some_and(|value| value.is_empty());
         let arg = if empty { arg.env(None::<&'static str>) } else { arg };
         // The help says once how they are named.
-        arg.hide_env(true)
+        go_flags::as_go_boolean(arg.hide_env(true))
     })
 }
 

@@ -8,10 +8,10 @@ use std::{
     time::Duration,
 };
 
-use clap::Args;
+use clap::{ArgAction, Args};
 use regex::Regex;
 
-use super::go_flags::boolean;
+use super::go_flags::{BOOL, boolean};
 use crate::{
     backend::udp::{self, TunMode},
     daemon::Settings,
@@ -106,13 +106,10 @@ pub struct RunArgs {
     #[arg(
         long,
         env = "FLANNELD_IP_MASQ",
-        value_name = "BOOL",
-        num_args = 0..=1,
-        require_equals = true,
+        value_name = BOOL,
         default_value = "false",
-        default_missing_value = "true",
         value_parser = boolean,
-        action = clap::ArgAction::Set,
+        action = ArgAction::Set,
         help_heading = RULES
     )]
     pub ip_masq: bool,
@@ -121,13 +118,10 @@ pub struct RunArgs {
     #[arg(
         long,
         env = "FLANNELD_IP_MASQ_FULLY_RANDOM_DISABLE",
-        value_name = "BOOL",
-        num_args = 0..=1,
-        require_equals = true,
+        value_name = BOOL,
         default_value = "false",
-        default_missing_value = "true",
         value_parser = boolean,
-        action = clap::ArgAction::Set,
+        action = ArgAction::Set,
         help_heading = RULES
     )]
     pub ip_masq_fully_random_disable: bool,
@@ -147,13 +141,10 @@ pub struct RunArgs {
     #[arg(
         long,
         env = "FLANNELD_IPTABLES_FORWARD_RULES",
-        value_name = "BOOL",
-        num_args = 0..=1,
-        require_equals = true,
+        value_name = BOOL,
         default_value = "true",
-        default_missing_value = "true",
         value_parser = boolean,
-        action = clap::ArgAction::Set,
+        action = ArgAction::Set,
         help_heading = RULES
     )]
     pub iptables_forward_rules: bool,
@@ -162,13 +153,10 @@ pub struct RunArgs {
     #[arg(
         long,
         env = "FLANNELD_IP_BLACKHOLE_ROUTE",
-        value_name = "BOOL",
-        num_args = 0..=1,
-        require_equals = true,
+        value_name = BOOL,
         default_value = "false",
-        default_missing_value = "true",
         value_parser = boolean,
-        action = clap::ArgAction::Set,
+        action = ArgAction::Set,
         help_heading = RULES
     )]
     pub ip_blackhole_route: bool,
@@ -208,13 +196,10 @@ pub struct RunArgs {
     #[arg(
         long,
         env = "FLANNELD_OFFLOAD",
-        value_name = "BOOL",
-        num_args = 0..=1,
-        require_equals = true,
+        value_name = BOOL,
         default_value = "true",
-        default_missing_value = "true",
         value_parser = boolean,
-        action = clap::ArgAction::Set,
+        action = ArgAction::Set,
         help_heading = "udp backend"
     )]
     pub offload: bool,

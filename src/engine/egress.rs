@@ -29,8 +29,8 @@ use super::{
     refusal::Refusals,
 };
 
-/// Bytes after which a batch is sent: two superpackets. More would let the other side wait for its work, and the batch
-/// outgrow the processor's second cache; less would cut the runs short.
+/// Bytes after which a batch is sent: two superpackets, so that the second fills the message that the first one has begun. Half
+/// of it and four times as much were measured to make no difference to TCP.
 const FLUSH_BYTES: usize = 128 << 10;
 
 /// Packets after which a batch is sent, if they are small: some 100 µs of work.
