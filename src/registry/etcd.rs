@@ -9,16 +9,18 @@ mod connection;
 mod reason;
 
 use std::{
+    collections::hash_map::RandomState,
     fmt,
     future::Future,
+    hash::BuildHasher,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
 };
 
 use async_trait::async_trait;
 use etcd_client::{
-    Compare, CompareOp, EventType, GetOptions, KeyValue, PutOptions, Txn, TxnOp, TxnOpResponse, TxnResponse,
-    WatchOptions, WatchResponse, WatchStream,
+    Compare, CompareOp, EventType, GetOptions, KeyValue, LeaseGrantOptions, PutOptions, Txn, TxnOp, TxnOpResponse,
+    TxnResponse, WatchOptions, WatchResponse, WatchStream,
 };
 
 pub use self::config::{ConfigError, EtcdConfig};
@@ -37,6 +39,9 @@ const MAX_ANSWER: usize = 64 << 20;
 
 /// How many keys are looked through for configurations at other prefixes; it is only for a hint.
 const MAX_KEYS_FOR_HINT: i64 = 10_000;
+
+/// What etcd answers to a grant that it has carried out already (`ErrGRPCLeaseExist`).
+const LEASE_IS_THERE: &str = "lease already exists";
 
 /// A registry in etcd. Clones share one connection.
 #[derive(Clone)]
@@ -181,9 +186,18 @@ impl EtcdRegistry {
     async fn grant(&self, key: &str, ttl: Duration) -> Result<i64, Error> {
         // etcd counts whole seconds, and raises what is shorter than an election (2 s by default).
         let seconds = i64::try_from(ttl.as_millis().div_ceil(1000)).unwrap_or(i64::MAX).max(1);
-        let grant = |connection: Connection| async move {
-            let granted = connection.client.lease_client().grant(seconds, None).await?;
-            Ok(granted.id())
+        // An identifier of ours, so that a grant whose answer was lost can be repeated without leaving a second lease. etcd
+        // takes any above 0, and of 2^63 no two will ever meet.
+        let id = (RandomState::new().hash_one(key) >> 1).max(1).cast_signed();
+        let options = LeaseGrantOptions::new().with_id(id);
+        let grant = |connection: Connection| {
+            let options = options.clone();
+            async move {
+                match connection.client.lease_client().grant(seconds, Some(options)).await {
+                    Err(etcd_client::Error::GRpcStatus(status)) if status.message().ends_with(LEASE_IS_THERE) => Ok(id),
+                    granted => granted.map(|granted| granted.id()),
+                }
+            }
         };
         self.call(("getting an etcd lease for", key), Repeat::Yes, grant).await
     }
