@@ -1,7 +1,7 @@
 //! The packet engine: moves IP packets between the queues of a TUN device and UDP sockets.
 //!
-//! One [`worker`] for each TUN queue, with a socket of its own; it runs each packet to completion. What it shares with the
-//! rest of the daemon: the published route table (one atomic load a batch), a channel for [commands](Command), and its
+//! One worker for each TUN queue, with a socket of its own; it runs each packet to completion. What it shares with the
+//! rest of the daemon: the published route table (one atomic load a batch), a channel for commands, and its
 //! [`Counters`]. It knows nothing of the registry, takes no lock, and neither allocates nor logs per packet; what the kernel
 //! refuses while it runs is said once.
 

@@ -96,7 +96,7 @@ pub enum ClaimError {
 }
 
 impl Presence {
-    /// Claims `public_ip` for this process. Takes up to [`TTL`] when another's record is there and only time can tell
+    /// Claims `public_ip` for this process. Takes up to half a minute when another's record is there and only time can tell
     /// whether that daemon is alive, and longer if etcd elects a leader meanwhile.
     ///
     /// # Errors
