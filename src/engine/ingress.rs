@@ -9,7 +9,10 @@ use std::{
 use tracing::warn;
 
 use crate::{
-    offload::{Coalescer, GsoKind, Merge, coalesce::Write},
+    offload::{
+        Coalescer, GsoKind, Merge, VirtioNetHdr,
+        coalesce::{MAX_MERGED, Write},
+    },
     route_table::RouteTable,
     sys::{
         tun::TunQueue,
@@ -27,7 +30,7 @@ use super::{
 const BATCH_BYTES: usize = 256 << 10;
 
 /// The virtio header of a packet as it stands.
-const PLAIN: [u8; 10] = [0; 10];
+const PLAIN: [u8; VirtioNetHdr::LEN] = [0; VirtioNetHdr::LEN];
 
 pub(super) struct Ingress {
     received: RecvBatch,
@@ -102,17 +105,20 @@ impl Ingress {
 
 /// Hands one write to the device. A merged one that the kernel refuses goes packet by packet, and its kind is merged no more.
 fn deliver(write: &Write<'_>, queue: &TunQueue, merge: &mut Merge, counters: &Counters) {
-    let sent = if queue.has_headers() {
-        let mut parts = [IoSlice::new(&[]); 1 + crate::offload::coalesce::MAX_MERGED];
+    let sent = if !queue.has_headers() {
+        // Nothing is merged for such a device.
+        write.packets().try_for_each(|packet| queue.send(packet))
+    } else if write.count() == 1 {
+        // Spared the long list of parts.
+        write.packets().try_for_each(|packet| send_plain(queue, packet))
+    } else {
+        let mut parts = [IoSlice::new(&[]); 1 + MAX_MERGED];
         let mut count = 0;
         for (slot, part) in parts.iter_mut().zip(write.parts()) {
             *slot = IoSlice::new(part);
             count += 1;
         }
         queue.send_parts(&parts[..count])
-    } else {
-        // Nothing is merged for such a device.
-        write.packets().try_for_each(|packet| queue.send(packet))
     };
     match sent {
         Ok(()) => {
@@ -129,7 +135,7 @@ fn deliver(write: &Write<'_>, queue: &TunQueue, merge: &mut Merge, counters: &Co
                 warn!("the TUN device refuses superpackets of {protocol} ({error}): writing packet by packet");
             }
             for packet in write.packets() {
-                match queue.send_parts(&[IoSlice::new(&PLAIN), IoSlice::new(packet)]) {
+                match send_plain(queue, packet) {
                     Ok(()) => {
                         counters.received_packets.add(1);
                         counters.received_bytes.add(packet.len() as u64);
@@ -140,6 +146,11 @@ fn deliver(write: &Write<'_>, queue: &TunQueue, merge: &mut Merge, counters: &Co
         }
         Err(error) => count_undelivered(write.count(), &error, counters),
     }
+}
+
+/// Hands a packet as it stands to a device with virtio headers.
+fn send_plain(queue: &TunQueue, packet: &[u8]) -> io::Result<()> {
+    queue.send_parts(&[IoSlice::new(&PLAIN), IoSlice::new(packet)])
 }
 
 fn count_undelivered(packets: usize, error: &io::Error, counters: &Counters) {
