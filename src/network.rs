@@ -13,7 +13,14 @@
 //! | `EnableNFTables` | traffic rules through nftables | false |
 //! | `Backend` | `Type` (`udp`, `vxlan`, `host-gw`) and that backend's keys | `udp` |
 //!
-//! Keys and `Type` are matched without regard to case. `0`, `0.0.0.0` and `::` stand for the default of a length or a
+//! The `udp` backend has keys of this program's own beside `Port`; the original ignores them:
+//!
+//! | key | meaning | default |
+//! | --- | --- | --- |
+//! | `SourcePorts` | how many UDP source ports flows are hashed over, 1 to 64 | 1: all leaves from `Port` |
+//! | `SourceCheck` | which datagrams are let in: `strict`, `peer` or `off`, see [`SourceCheck`] | `strict` |
+//!
+//! Keys, `Type` and `SourceCheck` are matched without regard to case. `0`, `0.0.0.0` and `::` stand for the default of a length or a
 //! bound, as in the original.
 
 mod backend;
@@ -25,7 +32,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde_json::{Map, Value};
 
 pub use self::{
-    backend::{Backend, BackendKind, UDP_PORT, Udp, UnknownBackend, VXLAN_PORT, Vni, Vxlan},
+    backend::{Backend, BackendKind, SourceCheck, SourcePorts, UDP_PORT, Udp, UnknownBackend, VXLAN_PORT, Vni, Vxlan},
     plan::{AddressPlan, Block, Keys},
 };
 use crate::{
@@ -131,6 +138,12 @@ pub enum ConfigError {
     },
     #[error("Backend.Type: {0}")]
     UnknownType(UnknownBackend),
+    #[error("{key} is {value:?}, but must be {wanted}")]
+    UnknownName {
+        key: &'static str,
+        value: String,
+        wanted: &'static str,
+    },
     #[error("{key} is {value}, but must be {first} to {last}")]
     OutOfRange {
         key: String,
@@ -479,7 +492,7 @@ mod tests {
         );
         assert_eq!(network.ipv6(), None);
         assert!(!network.enable_nftables());
-        assert_eq!(network.backend(), &Backend::Udp(Udp { port: 8285 }));
+        assert_eq!(network.backend(), &Backend::default());
     }
 
     #[test]
@@ -689,7 +702,10 @@ mod tests {
 
     fn any_config() -> impl Strategy<Value = String> {
         let backend = prop_oneof![
-            any::<u16>().prop_map(|port| format!(r#"{{"Type":"udp","Port":{port}}}"#)),
+            (any::<u16>(), 0u8..66, 0..4usize).prop_map(|(port, source_ports, check)| {
+                let check = ["strict", "PEER", "Off", "none"][check];
+                format!(r#"{{"Type":"udp","Port":{port},"SourcePorts":{source_ports},"SourceCheck":"{check}"}}"#)
+            }),
             (0u32..1 << 25, any::<bool>(), any::<u16>()).prop_map(|(vni, flag, mtu)| format!(
                 r#"{{"Type":"vxlan","VNI":{vni},"DirectRouting":{flag},"MTU":{mtu}}}"#
             )),

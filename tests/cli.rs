@@ -125,6 +125,14 @@ fn each_bad_configuration_has_its_own_message_with_key_and_value_from_command_an
             r#"{"Network":"10.5.0.0/16","Backend":{"Port":70000}}"#,
             &["Port", "70000"],
         ),
+        (
+            r#"{"Network":"10.5.0.0/16","Backend":{"Type":"udp","SourcePorts":65}}"#,
+            &["Backend.SourcePorts", "65", "1 to 64"],
+        ),
+        (
+            r#"{"Network":"10.5.0.0/16","Backend":{"Type":"udp","sourcecheck":"loose"}}"#,
+            &["Backend.SourceCheck", "loose", "strict", "peer", "off"],
+        ),
     ];
     let mut lab = new_lab("config");
     let host = lab.host("h1").unwrap();

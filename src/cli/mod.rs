@@ -414,6 +414,8 @@ mod tests {
             ("network set {} --network 10.5.0.0/16", "cannot be used with"),
             ("network set --port 1", "--network"),
             ("network set {} --subnet-len 20", "cannot be used with"),
+            ("network set {} --source-check off", "cannot be used with"),
+            ("network set --network 10.5.0.0/16 --source-ports 65", "1..=64"),
             ("demo --hosts 1", "2..=20"),
             ("demo --down --keep", "--keep"),
         ] {
