@@ -28,7 +28,7 @@ pub use self::{
     leases::LeasesArgs,
     network::NetworkArgs,
     registry_args::{OpenError, RegistryArgs, Secret},
-    run_args::{RunArgs, Tun, Workers},
+    run_args::{RunArgs, Workers},
 };
 
 use crate::{daemon, observe, registry::Registry};
@@ -211,6 +211,7 @@ mod tests {
     use std::{fs, process, time::Duration};
 
     use super::*;
+    use crate::backend::udp::TunMode;
 
     fn invocation(line: &str) -> Result<Invocation, clap::Error> {
         parse(format!("flanneld {line}").split_whitespace().map(OsString::from))
@@ -280,7 +281,7 @@ mod tests {
             ("0.0.0.0", 0)
         );
         assert!(args.iface.is_empty() && args.iface_regex.is_empty() && args.iface_can_reach.is_none());
-        assert_eq!((args.workers, args.tun), (None, Tun::Auto));
+        assert_eq!((args.workers, args.tun), (None, TunMode::Auto));
     }
 
     #[test]
@@ -296,7 +297,7 @@ mod tests {
         assert_eq!(args.subnet_lease_renew_margin, Duration::from_secs(1439 * 60));
         assert_eq!(
             (args.healthz_port, args.workers.unwrap().get(), args.tun),
-            (8080, 4, Tun::Plain)
+            (8080, 4, TunMode::Plain)
         );
         assert_eq!(invocation("-v=5").unwrap().verbosity, 5);
         assert_eq!(run("-workers 0").workers, None);

@@ -213,7 +213,7 @@ pub struct RunArgs {
         value_parser = tun,
         help_heading = "udp backend"
     )]
-    pub tun: Tun,
+    pub tun: TunMode,
 }
 
 impl RunArgs {
@@ -234,10 +234,7 @@ impl RunArgs {
             udp: udp::Options {
                 workers: self.workers,
                 offload: self.offload,
-                tun: match self.tun {
-                    Tun::Auto => TunMode::Auto,
-                    Tun::Plain => TunMode::Plain,
-                },
+                tun: self.tun,
             },
         }
     }
@@ -262,19 +259,10 @@ impl RunArgs {
 /// that it sees for a flag that may be left out.)
 pub type Workers = Option<NonZeroUsize>;
 
-/// How the TUN device is opened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Tun {
-    /// With whatever the kernel can do.
-    Auto,
-    /// One queue, one packet at a time.
-    Plain,
-}
-
-fn tun(text: &str) -> Result<Tun, String> {
+fn tun(text: &str) -> Result<TunMode, String> {
     match text {
-        "auto" => Ok(Tun::Auto),
-        "plain" => Ok(Tun::Plain),
+        "auto" => Ok(TunMode::Auto),
+        "plain" => Ok(TunMode::Plain),
         _ => Err("write auto or plain".to_owned()),
     }
 }
