@@ -8,6 +8,7 @@ use std::{
     net::{Ipv4Addr, SocketAddr, UdpSocket},
     num::NonZeroUsize,
     thread,
+    time::Duration,
 };
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -57,6 +58,18 @@ pub enum TunMode {
     Plain,
 }
 
+/// How packets are moved between the TUN device, the workers and the sockets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum IoMode {
+    /// Whichever is the faster of those that the kernel lets us have.
+    #[default]
+    Auto,
+    /// System calls, for batches of packets where there are such: `recvmmsg`, `sendmmsg`.
+    Mmsg,
+    /// `io_uring`: requests and answers through memory that is shared with the kernel.
+    Uring,
+}
+
 /// What the user chose.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
@@ -66,6 +79,12 @@ pub struct Options {
     pub offload: bool,
     /// How the TUN device is opened.
     pub tun: TunMode,
+    /// How packets are moved.
+    pub io: IoMode,
+    /// Whether each worker stays on a processor of its own.
+    pub pin: bool,
+    /// How long a worker looks for packets before it sleeps; 0: it sleeps at once.
+    pub busy_poll: Duration,
 }
 
 /// The `udp` backend.
