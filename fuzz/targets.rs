@@ -10,7 +10,7 @@ use flannel::packet::{
     Hop, IcmpError, IcmpPacket, Icmpv6Packet, Ipv4Packet, Ipv6Packet, TcpSegment, UdpDatagram, icmp, icmpv6, ipv6,
     protocol,
 };
-use flannel::route_table::{Peer, RouteTable, Routes};
+use flannel::route_table::{Peer, PeerId, RouteTable, Routes};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 pub use control::{lease_value, network_config, subnet_file, subnet_key};
@@ -340,6 +340,7 @@ pub fn route_table(data: &[u8]) {
                     net,
                     Peer {
                         addr: SocketAddr::new(address, 8285),
+                        id: PeerId::new(number % PeerId::COUNT).expect("it is below the count"),
                     },
                 ));
             }

@@ -16,10 +16,14 @@ use tokio::sync::mpsc::UnboundedSender;
 use tracing::{info, warn};
 
 use crate::{
-    engine::{Engine, IcmpSource, Offloads, Parts},
+    engine::{
+        Engine, IcmpSource, Offloads, Parts,
+        admission::{self, Admission},
+        peers::PeerIds,
+    },
     kernel::{Kernel, external::External},
     lease::{record::Lease, watch::PeerSet},
-    network::{BackendKind, Network},
+    network::{self, BackendKind, Network, SourceCheck},
     route_table::{Peer, RouteTable, Routes},
     sys::{
         tun::{self, Tun, TunOffload},
@@ -90,15 +94,17 @@ pub struct Options {
 /// The `udp` backend.
 pub struct Udp {
     external: External,
-    port: u16,
-    tun: TunMode,
-    offload: bool,
+    configuration: network::Udp,
+    options: Options,
     workers: usize,
     mtu: u32,
     routes: Routes,
+    peers: PeerIds,
     failures: UnboundedSender<String>,
-    /// Until the engine takes them.
-    sockets: Vec<UdpSocket>,
+    /// For each worker, until the engine takes them.
+    sockets: Vec<Vec<UdpSocket>>,
+    /// The device's name once there is one.
+    device: Option<String>,
     engine: Option<Engine>,
 }
 
@@ -109,7 +115,7 @@ impl Udp {
     /// When the port is in use, or the external MTU is too small.
     pub fn new(
         external: &External,
-        port: u16,
+        configuration: network::Udp,
         options: Options,
         failures: UnboundedSender<String>,
     ) -> Result<Self, Error> {
@@ -126,8 +132,8 @@ impl Udp {
                 .map_or(1, NonZeroUsize::get)
                 .min(MOST_DEFAULT_WORKERS),
         };
-        let address = SocketAddr::new(external.address.into(), port);
-        let sockets = udp::bind_group(address, workers).map_err(|source| Error::Bind {
+        let address = SocketAddr::new(external.address.into(), configuration.port);
+        let sockets = bind(address, workers, configuration.source_ports.get()).map_err(|source| Error::Bind {
             address,
             hint: match source.kind() {
                 io::ErrorKind::AddrInUse => {
@@ -140,20 +146,21 @@ impl Udp {
         })?;
         Ok(Self {
             external: external.clone(),
-            port,
-            tun: options.tun,
-            offload: options.offload,
+            configuration,
+            options,
             workers,
             mtu,
             routes: Routes::default(),
+            peers: PeerIds::default(),
             failures,
             sockets,
+            device: None,
             engine: None,
         })
     }
 
     fn open_queues(&self) -> io::Result<(Tun, TunOffload)> {
-        if self.offload {
+        if self.options.offload {
             tun::open_offload(DEVICE, self.workers)
         } else {
             tun::open_multi_queue(DEVICE, self.workers).map(|device| (device, TunOffload::None))
@@ -162,7 +169,7 @@ impl Udp {
 
     /// Opens the TUN device, by the plain path where the fast one is refused.
     fn open_device(&mut self) -> Result<(Tun, TunOffload), Error> {
-        let opened = match self.tun {
+        let opened = match self.options.tun {
             TunMode::Plain => tun::open_plain(DEVICE).map(|device| (device, TunOffload::None)),
             TunMode::Auto => self.open_queues().or_else(|error| {
                 if error.raw_os_error() != Some(libc::EINVAL) {
@@ -207,19 +214,23 @@ impl Backend for Udp {
             network,
             own,
         )?;
+        let offload = self.options.offload;
         let offloads = Offloads {
             tun_tcp: tun_offload >= TunOffload::Tcp,
             tun_udp: tun_offload == TunOffload::TcpUdp,
-            udp_segment: self.offload && self.sockets.iter().all(udp::can_segment),
-            udp_gro: self.offload && self.sockets.iter().all(|socket| udp::enable_gro(socket).is_ok()),
+            udp_segment: offload && self.sockets.iter().flatten().all(udp::can_segment),
+            udp_gro: offload && self.sockets.iter().all(|sockets| udp::enable_gro(&sockets[0]).is_ok()),
         };
         let failures = self.failures.clone();
         let parts = Parts {
             queues: device.queues,
             sockets: std::mem::take(&mut self.sockets),
             routes: self.routes.clone(),
+            admission: Admission::new(source_check(self.configuration.source_check), nets(own)),
             icmp_source: icmp_source(own),
             offloads,
+            pin: self.options.pin,
+            busy_poll: self.options.busy_poll,
         };
         // Nobody listens any more when the daemon is ending.
         let engine = Engine::start(parts, move |reason| drop(failures.send(reason))).map_err(Error::Engine)?;
@@ -231,30 +242,62 @@ impl Backend for Udp {
             self.workers,
             if self.workers == 1 { "" } else { "s" },
             self.external.address,
-            self.port,
+            self.configuration.port,
             self.external.name,
         );
+        self.device = Some(device.name);
         self.engine = Some(engine);
         Ok(())
     }
 
     fn apply(&mut self, peers: &PeerSet) -> Result<(), Error> {
+        let (port, ids) = (self.configuration.port, &mut self.peers);
         let routes = peers.values().flat_map(|lease| {
+            let host = lease.value.public_ip.into();
             let peer = Peer {
-                addr: SocketAddr::new(lease.value.public_ip.into(), self.port),
+                addr: SocketAddr::new(host, port),
+                id: ids.id(host),
             };
             nets(lease).map(move |net| (net, peer))
         });
-        self.routes.publish(RouteTable::new(routes));
+        let table = RouteTable::new(routes);
+        self.routes.publish(table);
         Ok(())
     }
 }
 
 impl Drop for Udp {
     fn drop(&mut self) {
-        if let Some(engine) = &self.engine {
-            info!("{}", engine.summary());
-        }
+        let (Some(engine), Some(device)) = (&self.engine, &self.device) else {
+            return;
+        };
+        // A device that is gone, or a kernel that does not answer, leaves that number out.
+        let overflow = Kernel::open().ok().and_then(|mut kernel| kernel.dropped(device).ok());
+        let overflow = overflow.map_or(String::new(), |packets| {
+            format!("; {device}'s queue overflowed {packets} times")
+        });
+        info!("{}{overflow}", engine.snapshot().summary());
+    }
+}
+
+/// For each worker the tunnel's socket and, with more than one source port, those to send from.
+fn bind(address: SocketAddr, workers: usize, source_ports: u8) -> io::Result<Vec<Vec<UdpSocket>>> {
+    let tunnel = udp::bind_group(address, workers)?;
+    tunnel
+        .into_iter()
+        .map(|socket| {
+            let mut sockets = vec![socket];
+            sockets.extend(udp::bind_sources(address.ip(), usize::from(source_ports) - 1)?);
+            Ok(sockets)
+        })
+        .collect()
+}
+
+fn source_check(configured: SourceCheck) -> admission::SourceCheck {
+    match configured {
+        SourceCheck::Strict => admission::SourceCheck::Strict,
+        SourceCheck::Peer => admission::SourceCheck::Peer,
+        SourceCheck::Off => admission::SourceCheck::Off,
     }
 }
 
