@@ -9,13 +9,10 @@ pub(crate) mod stream;
 use flannel::lab::{
     self, Container, Host, HostOptions, Lab, LabError, Namespace, Ping, Process, SubnetEnv, wait_for, wait_until,
 };
-use nix::{
-    sched::{CloneFlags, setns},
-    sys::signal::Signal,
-};
+use nix::sys::signal::Signal;
 use std::{
     ffi::OsStr,
-    fs::{self, File},
+    fs,
     io::{self, Read, Write},
     net::{Ipv4Addr, SocketAddr, TcpStream},
     os::unix::net::UnixDatagram,
@@ -366,14 +363,7 @@ pub(crate) fn assert_loses(from: &Namespace, to: Ipv4Addr) {
 
 /// Runs `work` in a thread inside the namespace and returns its result: sockets opened there stay there.
 pub(crate) fn inside<T: Send>(ns: &Namespace, work: impl FnOnce() -> T + Send) -> T {
-    thread::scope(|scope| {
-        let thread = scope.spawn(|| {
-            // Only the calling thread changes its namespace, and it ends here.
-            setns(File::open(ns.path()).unwrap(), CloneFlags::CLONE_NEWNET).unwrap();
-            work()
-        });
-        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    })
+    ns.inside(work).unwrap()
 }
 
 /// The status code and the body that `GET path` gets from `address` inside the namespace.
