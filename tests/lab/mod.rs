@@ -4,11 +4,16 @@
 
 pub(crate) mod certificates;
 pub(crate) mod etcd;
+pub(crate) mod pair;
+pub(crate) mod plain_peer;
 pub(crate) mod stream;
+pub(crate) mod traffic;
+pub(crate) mod wire;
 
 use flannel::lab::{
     self, Container, Host, HostOptions, Lab, LabError, Namespace, Ping, Process, SubnetEnv, wait_for, wait_until,
 };
+use ipnet::Ipv6Net;
 use nix::sys::signal::Signal;
 use std::{
     ffi::OsStr,
@@ -194,6 +199,15 @@ impl Daemon {
     /// What its subnet file says.
     pub(crate) fn subnet(&self) -> SubnetEnv {
         SubnetEnv::read(&self.subnet_file()).unwrap()
+    }
+
+    /// The IPv6 subnet in it, in a dual-stack network.
+    pub(crate) fn subnet_v6(&self) -> Option<Ipv6Net> {
+        let file = fs::read_to_string(self.subnet_file()).unwrap();
+        let subnet = file
+            .lines()
+            .find_map(|line| line.strip_prefix("FLANNEL_IPV6_SUBNET="))?;
+        Some(subnet.parse().unwrap())
     }
 
     /// Where its subnet file is.
