@@ -280,17 +280,19 @@ impl Drop for Udp {
     }
 }
 
-/// For each worker the tunnel's socket and, with more than one source port, those to send from.
+/// For each worker the tunnel's socket and, with more than one source port, one for each of the others. All workers have the same
+/// ports, so that a flow keeps its own whichever worker carries it.
 fn bind(address: SocketAddr, workers: usize, source_ports: u8) -> io::Result<Vec<Vec<UdpSocket>>> {
     let tunnel = udp::bind_group(address, workers)?;
-    tunnel
-        .into_iter()
-        .map(|socket| {
-            let mut sockets = vec![socket];
-            sockets.extend(udp::bind_sources(address.ip(), usize::from(source_ports) - 1)?);
-            Ok(sockets)
-        })
-        .collect()
+    let mut sockets: Vec<Vec<UdpSocket>> = tunnel.into_iter().map(|socket| vec![socket]).collect();
+    for _ in 1..source_ports {
+        let source = udp::bind_source(address.ip(), workers)?;
+        sockets
+            .iter_mut()
+            .zip(source)
+            .for_each(|(of_worker, socket)| of_worker.push(socket));
+    }
+    Ok(sockets)
 }
 
 fn source_check(configured: SourceCheck) -> admission::SourceCheck {

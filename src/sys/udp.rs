@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockRef, Socket, Type};
 
 /// What each socket asks the kernel to hold while its worker is busy: 4 MiB, about 20 ms of 1.5 Gbit/s of MTU-size packets
 /// by the kernel's own accounting (an skb of a 1,500-byte packet is charged about 2,304 bytes).
@@ -51,21 +51,18 @@ pub fn bind_group(address: SocketAddr, count: usize) -> io::Result<Vec<UdpSocket
     Ok(sockets)
 }
 
-/// Binds `count` sockets for sending only to `address`, each to a port of the kernel's choice: what leaves by them is told
-/// apart by its source port.
+/// Binds `count` sockets for sending only to `address` and one port of the kernel's choice: what leaves by them is told apart
+/// by that port.
 ///
 /// # Errors
-/// `EADDRNOTAVAIL` when the address is not this host's, `EADDRINUSE` when there are no free ports.
-pub fn bind_sources(address: IpAddr, count: usize) -> io::Result<Vec<UdpSocket>> {
-    (0..count)
-        .map(|_| {
-            let socket = Socket::new(Domain::for_address(SocketAddr::new(address, 0)), Type::DGRAM, None)?;
-            socket.set_nonblocking(true)?;
-            socket.bind(&SocketAddr::new(address, 0).into())?;
-            set_buffer(&socket, libc::SO_SNDBUFFORCE, libc::SO_SNDBUF);
-            Ok(socket.into())
-        })
-        .collect()
+/// As [`bind_group`]; `EADDRINUSE` when there are no free ports.
+pub fn bind_source(address: IpAddr, count: usize) -> io::Result<Vec<UdpSocket>> {
+    let sockets = bind_group(SocketAddr::new(address, 0), count)?;
+    for socket in &sockets {
+        // Nothing is to come there, and what comes all the same is not to be kept: the kernel makes it its least.
+        SockRef::from(socket).set_recv_buffer_size(1)?;
+    }
+    Ok(sockets)
 }
 
 /// Asks for a big buffer, past the administrator's limit if allowed; what it gets is enough to work either way.
