@@ -3,16 +3,17 @@
 mod lab;
 
 use flannel::{
-    lab::{Container, HostOptions, Namespace, wait_until},
+    lab::{HostOptions, Namespace, wait_until},
     packet::{Ipv4Packet, build},
 };
 use ipnet::Ipv6Net;
 use lab::{
-    CONFIG, Daemon, Overlay, PATIENCE, Registry, assert_loses, assert_reaches, inside, new_lab, output_of, ping, stream,
+    CONFIG, Daemon, Overlay, PATIENCE, Registry, assert_loses, assert_reaches, inside, new_lab, output_of, ping,
+    stream, transfer,
 };
 use std::{
-    io::{self, Read, Write},
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    io,
+    net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket},
     time::{Duration, Instant},
 };
 
@@ -213,28 +214,6 @@ fn a_path_that_refuses_segmented_messages_gets_single_ones() {
         .unwrap();
     transfer(one, two);
     overlay.daemons[0].assert_running();
-}
-
-/// Carries some megabytes over TCP and looks at each byte.
-fn transfer(from: &Container, to: &Container) {
-    let listener = inside(&to.ns, || TcpListener::bind((to.ip, 7000))).unwrap();
-    let sending = inside(&from.ns, || TcpStream::connect((to.ip, 7000))).unwrap();
-    // A pattern whose period divides no segment size, so that lost or doubled bytes show.
-    let pattern: Vec<u8> = (0..8_388_593u32)
-        .map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8)
-        .collect();
-    let expected = pattern.clone();
-    let sender = std::thread::spawn(move || (&sending).write_all(&pattern).unwrap());
-    let mut received = Vec::new();
-    listener.accept().unwrap().0.read_to_end(&mut received).unwrap();
-    sender.join().unwrap();
-    assert!(
-        received == expected,
-        "{} to {}: {} bytes arrived, some of them wrong",
-        from.name,
-        to.name,
-        received.len()
-    );
 }
 
 #[test]

@@ -4,6 +4,7 @@
 
 pub(crate) mod certificates;
 pub(crate) mod etcd;
+pub(crate) mod seccomp;
 pub(crate) mod stream;
 
 use flannel::lab::{
@@ -17,7 +18,7 @@ use std::{
     ffi::OsStr,
     fs::{self, File},
     io::{self, Read, Write},
-    net::{Ipv4Addr, SocketAddr, TcpStream},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     os::unix::net::UnixDatagram,
     path::PathBuf,
     process::{Command, ExitStatus, Output},
@@ -122,6 +123,8 @@ pub(crate) struct Daemon {
     ns: Namespace,
     dir: PathBuf,
     flags: Vec<String>,
+    /// Whether the kernel refuses io_uring to it.
+    without_io_uring: bool,
     runs: usize,
     process: Option<Process>,
     /// Where `sd_notify` of the run under way arrives.
@@ -146,6 +149,7 @@ impl Daemon {
             ns: host.ns().clone(),
             dir: lab.dir().to_owned(),
             flags,
+            without_io_uring: false,
             runs: 0,
             process: None,
             notify: None,
@@ -155,6 +159,12 @@ impl Daemon {
     /// With one more flag.
     pub(crate) fn with(mut self, flag: impl Into<String>) -> Daemon {
         self.flags.push(flag.into());
+        self
+    }
+
+    /// With a kernel that refuses io_uring to it.
+    pub(crate) fn without_io_uring(mut self) -> Daemon {
+        self.without_io_uring = true;
         self
     }
 
@@ -168,6 +178,9 @@ impl Daemon {
         notify.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
         let mut command = flanneld(&self.ns);
         command.args(&self.flags).env("NOTIFY_SOCKET", socket);
+        if self.without_io_uring {
+            seccomp::refuse_io_uring(&mut command);
+        }
         let log = self.dir.join(format!("{}.{}.log", self.name, self.runs));
         self.process = Some(Process::spawn(&self.name, command, &log).unwrap());
         self.notify = Some(notify);
@@ -374,6 +387,28 @@ pub(crate) fn inside<T: Send>(ns: &Namespace, work: impl FnOnce() -> T + Send) -
         });
         thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
+}
+
+/// Carries some megabytes over TCP and looks at each byte.
+pub(crate) fn transfer(from: &Container, to: &Container) {
+    let listener = inside(&to.ns, || TcpListener::bind((to.ip, 7000))).unwrap();
+    let sending = inside(&from.ns, || TcpStream::connect((to.ip, 7000))).unwrap();
+    // A pattern whose period divides no segment size, so that lost or doubled bytes show.
+    let pattern: Vec<u8> = (0..8_388_593u32)
+        .map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8)
+        .collect();
+    let expected = pattern.clone();
+    let sender = thread::spawn(move || (&sending).write_all(&pattern).unwrap());
+    let mut received = Vec::new();
+    listener.accept().unwrap().0.read_to_end(&mut received).unwrap();
+    sender.join().unwrap();
+    assert!(
+        received == expected,
+        "{} to {}: {} bytes arrived, some of them wrong",
+        from.name,
+        to.name,
+        received.len()
+    );
 }
 
 /// The status code and the body that `GET path` gets from `address` inside the namespace.
