@@ -19,6 +19,7 @@ use crate::{
     engine::{
         Engine, IcmpSource, Offloads, Parts,
         admission::{self, Admission},
+        io::Way,
         peers::PeerIds,
     },
     kernel::{Kernel, external::External},
@@ -27,7 +28,7 @@ use crate::{
     route_table::{Peer, RouteTable, Routes},
     sys::{
         tun::{self, Tun, TunOffload},
-        udp,
+        udp, uring,
     },
 };
 
@@ -51,6 +52,9 @@ const DEVICE_QUEUE: u32 = 1_000;
 
 /// More workers than this by default would only wait for each other; `--workers` goes further.
 const MOST_DEFAULT_WORKERS: usize = 16;
+
+/// The way to move packets that is the better one where the kernel has both: the benchmark decides.
+const BEST_WAY: Way = Way::Mmsg;
 
 /// How the TUN device is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -221,6 +225,10 @@ impl Backend for Udp {
             udp_segment: offload && self.sockets.iter().flatten().all(udp::can_segment),
             udp_gro: offload && self.sockets.iter().all(|sockets| udp::enable_gro(&sockets[0]).is_ok()),
         };
+        let (way, refused) = choose_way(self.options.io, uring::probe);
+        if let Some(reason) = refused {
+            warn!("cannot use io_uring: {reason}; packets are moved with system calls (--io=mmsg) instead");
+        }
         let failures = self.failures.clone();
         let parts = Parts {
             queues: device.queues,
@@ -229,13 +237,14 @@ impl Backend for Udp {
             admission: Admission::new(source_check(self.configuration.source_check), nets(own)),
             icmp_source: icmp_source(own),
             offloads,
+            way,
             pin: self.options.pin,
             busy_poll: self.options.busy_poll,
         };
         // Nobody listens any more when the daemon is ending.
         let engine = Engine::start(parts, move |reason| drop(failures.send(reason))).map_err(Error::Engine)?;
         info!(
-            "{} is up: address {}, MTU {}, {} worker{}, UDP {}:{} on {}, offloads: {offloads}",
+            "{} is up: address {}, MTU {}, {} worker{}, UDP {}:{} on {}, I/O {way}, offloads: {offloads}",
             device.name,
             own.subnets.v4().addr(),
             self.mtu,
@@ -293,6 +302,22 @@ fn bind(address: SocketAddr, workers: usize, source_ports: u8) -> io::Result<Vec
             .for_each(|(of_worker, socket)| of_worker.push(socket));
     }
     Ok(sockets)
+}
+
+/// The way that the user wants, or the one that every kernel has, with the reason, where that is refused.
+fn choose_way<E>(wanted: IoMode, probe: impl FnOnce() -> Result<(), E>) -> (Way, Option<E>) {
+    let wanted = match wanted {
+        IoMode::Auto => BEST_WAY,
+        IoMode::Mmsg => Way::Mmsg,
+        IoMode::Uring => Way::Uring,
+    };
+    match wanted {
+        Way::Mmsg => (Way::Mmsg, None),
+        Way::Uring => match probe() {
+            Ok(()) => (Way::Uring, None),
+            Err(reason) => (Way::Mmsg, Some(reason)),
+        },
+    }
 }
 
 fn source_check(configured: SourceCheck) -> admission::SourceCheck {
@@ -385,6 +410,15 @@ fn icmp_source(own: &Lease) -> IcmpSource {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn io_uring_is_used_where_it_is_wanted_and_not_refused() {
+        let (there, refused) = (|| Ok::<_, &str>(()), || Err("an old kernel"));
+        assert_eq!(choose_way(IoMode::Uring, there), (Way::Uring, None));
+        assert_eq!(choose_way(IoMode::Uring, refused), (Way::Mmsg, Some("an old kernel")));
+        // Not even asked for.
+        assert_eq!(choose_way(IoMode::Mmsg, refused), (Way::Mmsg, None));
+    }
 
     #[test]
     fn the_overlays_packets_fit_the_interface_and_a_datagram() {

@@ -18,7 +18,7 @@ use super::{
 };
 
 /// Bytes that a batch should bring: what stays in the processor's second cache between receiving and writing.
-const BATCH_BYTES: usize = 256 << 10;
+pub(super) const BATCH_BYTES: usize = 256 << 10;
 
 /// The virtio header of a packet as it stands.
 const PLAIN: &[u8] = &[0; VirtioNetHdr::LEN];

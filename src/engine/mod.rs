@@ -41,7 +41,7 @@ use crate::{
 use admission::Admission;
 use counters::Counters;
 use fallbacks::Fallbacks;
-use io::{Bell, Io, mmsg::Mmsg};
+use io::{Bell, Io, Way, mmsg::Mmsg, uring::Uring};
 use snapshot::{Snapshot, WorkerSnapshot};
 use worker::{Setup, Worker};
 
@@ -60,6 +60,8 @@ pub struct Parts {
     pub icmp_source: IcmpSource,
     /// What the kernel does for the engine.
     pub offloads: Offloads,
+    /// How packets are moved.
+    pub way: Way,
     /// Whether each worker keeps to a processor of its own.
     pub pin: bool,
     /// How long a worker looks for packets before it sleeps.
@@ -135,7 +137,7 @@ impl Engine {
     /// cannot go on.
     ///
     /// # Errors
-    /// When the system gives no thread, poller or raw socket.
+    /// When the system gives no thread, processor, poller, ring or raw socket.
     pub fn start(parts: Parts, on_failure: impl Fn(String) + Send + Clone + 'static) -> Result<Self> {
         let count = parts.queues.len();
         debug_assert_eq!(count, parts.sockets.len(), "sockets for each queue");
@@ -148,7 +150,7 @@ impl Engine {
         for (index, (queue, sockets)) in parts.queues.into_iter().zip(parts.sockets).enumerate() {
             let counters = Arc::new(Counters::default());
             let setup = Setup {
-                routes: &parts.routes,
+                routes: parts.routes.clone(),
                 admission: parts.admission,
                 icmp_source: parts.icmp_source,
                 offloads: parts.offloads,
@@ -160,15 +162,27 @@ impl Engine {
                 fallbacks: Arc::clone(&engine.fallbacks),
             };
             let socket = sockets.first().ok_or(std::io::ErrorKind::InvalidInput)?.try_clone()?;
-            let (io, bell) = Mmsg::new(queue, sockets)?;
-            let worker = Worker::new(io, setup);
             let (commands, inbox) = crossbeam_channel::unbounded();
-            // More workers than processors take turns on them.
-            let processor = processors.get(index % processors.len().max(1)).copied();
-            let on_failure = on_failure.clone();
+            let (started, outcome) = crossbeam_channel::bounded(1);
+            let start = Start {
+                index,
+                queue,
+                sockets,
+                setup,
+                // More workers than processors take turns on them.
+                processor: processors.get(index % processors.len().max(1)).copied(),
+                inbox,
+                started,
+            };
+            let (way, on_failure) = (parts.way, on_failure.clone());
             let thread = thread::Builder::new()
                 .name(format!("worker-{index}"))
-                .spawn(move || work(index, worker, processor, &inbox, &on_failure))?;
+                .spawn(move || match way {
+                    Way::Mmsg => work(start, Mmsg::new, &on_failure),
+                    Way::Uring => work(start, Uring::new, &on_failure),
+                })?;
+            // A worker that is gone without a word has panicked, which it has reported.
+            let bell = outcome.recv().unwrap_or(Err(std::io::ErrorKind::Other.into()))?;
             engine.workers.push(Handle {
                 commands,
                 bell,
@@ -204,20 +218,38 @@ impl Engine {
     }
 }
 
-/// A worker's thread.
-fn work<I: Io>(
+/// What a worker's thread begins with.
+struct Start {
     index: usize,
-    mut worker: Worker<I>,
+    queue: TunQueue,
+    sockets: Vec<UdpSocket>,
+    setup: Setup,
     processor: Option<usize>,
-    inbox: &Receiver<Command>,
+    inbox: Receiver<Command>,
+    /// Where its bell, or why there is none, is waited for.
+    started: Sender<Result<Bell>>,
+}
+
+/// A worker's thread. It makes its way to the kernel itself: a ring belongs to the thread that has made it.
+fn work<I: Io>(
+    start: Start,
+    make: impl FnOnce(TunQueue, Vec<UdpSocket>) -> Result<(I, Bell)>,
     on_failure: &impl Fn(String),
 ) {
+    let index = start.index;
     let panicked = PanicReport { on_failure, index };
-    let outcome = processor.map_or(Ok(()), pin).and_then(|()| worker.run(inbox));
-    std::mem::forget(panicked);
-    if let Err(reason) = outcome {
-        on_failure(format!("worker {index} cannot go on: {reason}"));
+    let pinned = start.processor.map_or(Ok(()), pin);
+    // Whoever starts the worker waits for what is sent.
+    match pinned.and_then(|()| make(start.queue, start.sockets)) {
+        Err(error) => drop(start.started.send(Err(error))),
+        Ok((io, bell)) => {
+            drop(start.started.send(Ok(bell)));
+            if let Err(reason) = Worker::new(io, start.setup).run(&start.inbox) {
+                on_failure(format!("worker {index} cannot go on: {reason}"));
+            }
+        }
     }
+    std::mem::forget(panicked);
 }
 
 /// The processors that this process may run on.

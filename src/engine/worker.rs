@@ -26,9 +26,9 @@ use super::{
 };
 
 /// What a worker goes by.
-pub struct Setup<'a> {
+pub struct Setup {
     /// Where packets go.
-    pub routes: &'a Routes,
+    pub routes: Routes,
     /// Whose packets get in.
     pub admission: Admission,
     /// Where the worker's own ICMP errors come from.
@@ -63,7 +63,7 @@ pub struct Worker<I> {
 
 impl<I: Io> Worker<I> {
     /// A worker that moves packets by `io`.
-    pub fn new(io: I, setup: Setup<'_>) -> Self {
+    pub fn new(io: I, setup: Setup) -> Self {
         let merge = Merge {
             tcp: setup.offloads.tun_tcp,
             udp: setup.offloads.tun_udp,
@@ -212,7 +212,7 @@ mod tests {
         Worker::new(
             io,
             Setup {
-                routes: &routes,
+                routes,
                 admission: Admission::new(SourceCheck::Strict, ["10.5.1.0/24".parse().unwrap()]),
                 icmp_source: IcmpSource {
                     v4: Ipv4Addr::new(10, 5, 1, 1),

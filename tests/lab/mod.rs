@@ -6,6 +6,7 @@ pub(crate) mod certificates;
 pub(crate) mod etcd;
 pub(crate) mod pair;
 pub(crate) mod plain_peer;
+pub(crate) mod seccomp;
 pub(crate) mod stream;
 pub(crate) mod traffic;
 pub(crate) mod wire;
@@ -124,6 +125,8 @@ pub(crate) struct Daemon {
     ns: Namespace,
     dir: PathBuf,
     flags: Vec<String>,
+    /// Whether the kernel refuses io_uring to it.
+    without_io_uring: bool,
     runs: usize,
     process: Option<Process>,
     /// Where `sd_notify` of the run under way arrives.
@@ -148,6 +151,7 @@ impl Daemon {
             ns: host.ns().clone(),
             dir: lab.dir().to_owned(),
             flags,
+            without_io_uring: false,
             runs: 0,
             process: None,
             notify: None,
@@ -157,6 +161,12 @@ impl Daemon {
     /// With one more flag.
     pub(crate) fn with(mut self, flag: impl Into<String>) -> Daemon {
         self.flags.push(flag.into());
+        self
+    }
+
+    /// With a kernel that refuses io_uring to it.
+    pub(crate) fn without_io_uring(mut self) -> Daemon {
+        self.without_io_uring = true;
         self
     }
 
@@ -170,6 +180,9 @@ impl Daemon {
         notify.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
         let mut command = flanneld(&self.ns);
         command.args(&self.flags).env("NOTIFY_SOCKET", socket);
+        if self.without_io_uring {
+            seccomp::refuse_io_uring(&mut command);
+        }
         let log = self.dir.join(format!("{}.{}.log", self.name, self.runs));
         self.process = Some(Process::spawn(&self.name, command, &log).unwrap());
         self.notify = Some(notify);

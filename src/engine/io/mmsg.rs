@@ -77,7 +77,7 @@ impl Mmsg {
                 sockets,
                 batch: RecvBatch::new(),
             },
-            device: Device(queue),
+            device: Device::new(queue),
             local: RawSender::new()?,
         };
         Ok((mmsg, Box::new(move || waker.wake())))
@@ -236,8 +236,12 @@ impl DatagramSource for Datagrams {
 pub struct Device(Arc<TunQueue>);
 
 impl Device {
+    pub(super) fn new(queue: Arc<TunQueue>) -> Self {
+        Self(queue)
+    }
+
     #[inline]
-    fn write_one<'bytes>(&self, mut parts: impl Iterator<Item = &'bytes [u8]> + Clone) -> io::Result<()> {
+    pub(super) fn write_one<'bytes>(&self, mut parts: impl Iterator<Item = &'bytes [u8]> + Clone) -> io::Result<()> {
         let all = parts.clone();
         // A packet as it stands is by far the most frequent, and the long list of parts takes its time.
         let few = Gather::<2>::of(&mut parts);

@@ -3,6 +3,7 @@
 //! | file | way |
 //! | --- | --- |
 //! | [`mmsg`] | one system call for each packet of the device and for each batch of datagrams; sleeps in epoll |
+//! | [`uring`] | io_uring: one call waits and brings packets and datagrams, one call writes a batch to the device |
 //! | [`memory`] | none: queues of bytes, for tests and fuzzing |
 //!
 //! An [`Io`] is made of parts, one for each direction and side, so that a worker can hold on to what one part has brought
@@ -10,8 +11,10 @@
 
 pub mod memory;
 pub mod mmsg;
+pub mod uring;
 
 use std::{
+    fmt,
     io::{self, IoSlice},
     net::{IpAddr, SocketAddr},
     ops::Range,
@@ -22,6 +25,25 @@ use crate::{
     offload::{Malformed, VirtioNetHdr},
     sys::udp::{Message, Received},
 };
+
+/// The ways to choose from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Way {
+    /// [`mmsg`].
+    #[default]
+    Mmsg,
+    /// [`mod@uring`].
+    Uring,
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Mmsg => "mmsg",
+            Self::Uring => "uring",
+        })
+    }
+}
 
 /// One worker's way to the kernel: a TUN queue, UDP sockets, and a bell that others ring.
 pub trait Io {
@@ -38,7 +60,8 @@ pub trait Io {
 
     /// Waits until something is new, at most for `limit` (`None`: for ever).
     ///
-    /// Readiness is told once: a side counts as ready from then until its source says `WouldBlock`.
+    /// Readiness is told once: a side counts as ready from then until its source says `WouldBlock`. Batches end here: what
+    /// they have brought is spent.
     ///
     /// # Errors
     /// When it can never be waited for again.
