@@ -2,7 +2,11 @@
 //! the committed corpora. Each of them panics if bytes from the network, or from etcd, break a promise of the library.
 
 mod control;
+mod router;
+mod source;
 mod superpackets;
+mod workers;
+mod world;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -15,6 +19,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 pub use control::{lease_value, network_config, subnet_file, subnet_key};
 pub use superpackets::{coalesce, split, split_coalesce, virtio};
+pub use workers::{egress, fast_plain, ingress};
 
 /// A target: panics if `data` breaks a promise.
 pub type Target = fn(data: &[u8]);
@@ -22,7 +27,10 @@ pub type Target = fn(data: &[u8]);
 /// All targets by name.
 pub const TARGETS: &[(&str, Target)] = &[
     ("coalesce", coalesce),
+    ("egress", egress),
+    ("fast_plain", fast_plain),
     ("icmp", icmp),
+    ("ingress", ingress),
     ("ipv4", ipv4),
     ("ipv6", ipv6),
     ("lease_value", lease_value),

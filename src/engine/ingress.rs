@@ -1,7 +1,7 @@
 //! From the peers to the device: datagrams, several in a message where the kernel has merged them, become as few writes as
 //! the flows in them allow.
 
-use std::{io, ops::Range};
+use std::{cell::Cell, io, ops::Range};
 
 use crate::{
     offload::{Coalescer, Merge, VirtioNetHdr, Write},
@@ -154,36 +154,46 @@ impl<'a> InParts<'a> for Plain<'a> {
     }
 }
 
-/// Hands the writes to the device. A merged one that the kernel refuses goes packet by packet, and its kind is merged no more.
-fn deliver<'a>(writes: impl Iterator<Item = Write<'a>>, device: &mut impl PacketSink, context: &Context<'_>) {
+/// Hands the writes to the device. A merged one that the kernel refuses goes packet by packet, before those behind it, and its
+/// kind is merged no more.
+fn deliver<'a>(mut writes: impl Iterator<Item = Write<'a>>, device: &mut impl PacketSink, context: &Context<'_>) {
     let Context {
         counters, fallbacks, ..
     } = context;
     let headers = device.has_headers();
     // Allocates only after a refusal, which comes once for each kind.
     let mut refused: Vec<Write<'_>> = Vec::new();
-    device.write(
-        writes.map(|write| Prepared { write, headers }),
-        |Prepared { write, .. }, result| match result {
-            Ok(()) => {
-                counters.received.add(write.count(), write.packets_len());
-                if write.count() > 1 {
-                    counters.superpackets_merged.add(1);
-                    counters.merges.add(write.count() as u64);
+    loop {
+        let going = Cell::new(true);
+        // What is behind a refused write may be of its flow.
+        let next = std::iter::from_fn(|| if going.get() { writes.next() } else { None });
+        device.write(
+            next.map(|write| Prepared { write, headers }),
+            |Prepared { write, .. }, result| match result {
+                Ok(()) => {
+                    counters.received.add(write.count(), write.packets_len());
+                    if write.count() > 1 {
+                        counters.superpackets_merged.add(1);
+                        counters.merges.add(write.count() as u64);
+                    }
                 }
-            }
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) && write.count() > 1 => {
-                fallbacks.device_refuses(write.kind(), &error);
-                refused.push(write);
-            }
-            Err(error) => count_undelivered(write.count(), &error, counters),
-        },
-    );
-    for write in refused {
-        device.write(write.packets().map(Plain), |Plain(packet), result| match result {
-            Ok(()) => counters.received.add(1, packet.len()),
-            Err(error) => count_undelivered(1, &error, counters),
-        });
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) && write.count() > 1 => {
+                    fallbacks.device_refuses(write.kind(), &error);
+                    going.set(false);
+                    refused.push(write);
+                }
+                Err(error) => count_undelivered(write.count(), &error, counters),
+            },
+        );
+        if refused.is_empty() {
+            return;
+        }
+        for write in refused.drain(..) {
+            device.write(write.packets().map(Plain), |Plain(packet), result| match result {
+                Ok(()) => counters.received.add(1, packet.len()),
+                Err(error) => count_undelivered(1, &error, counters),
+            });
+        }
     }
 }
 

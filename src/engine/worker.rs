@@ -433,6 +433,18 @@ mod tests {
     }
 
     #[test]
+    fn what_is_behind_a_refused_superpacket_does_not_overtake_it() {
+        let mut worker = worker(ALL, 1);
+        worker.io().device.refuse_superpackets = Some(libc::EINVAL);
+        // The third packet is too long to be merged with the two before it.
+        let packets = [arriving(0, &[7; 64]), arriving(1, &[7; 64]), arriving(2, &[7; 65])];
+        let datagrams = packets.iter().map(|packet| from_peer(2, packet.clone()));
+        worker.io().datagrams.waiting.extend(datagrams);
+        worker.drain().unwrap();
+        assert_eq!(worker.io().device.written, packets.map(|packet| plain(&older(packet))));
+    }
+
+    #[test]
     fn a_merged_message_is_taken_apart_and_merged_for_the_device() {
         let mut worker = worker(ALL, 1);
         let bytes: Vec<u8> = (0..3).flat_map(|ident| arriving(ident, &[ident as u8; 64])).collect();
