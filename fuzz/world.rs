@@ -59,7 +59,7 @@ impl World {
             Ipv6Addr::new(0xfd00, number.into(), 0, 0, 0, 0, 0, 1),
         );
         let setup = Setup {
-            routes: &published,
+            routes: published.clone(),
             admission: Admission::new(check, own),
             icmp_source: IcmpSource {
                 v4: icmp_source.0,
