@@ -141,6 +141,8 @@ fn assert_json(document: &Value) {
             "{sample:#}"
         );
     }
+    let said = samples[2]["said"].to_string();
+    assert!(said.contains("flannel0 is up"), "{said}");
     assert!(document["machine"]["kernel"].as_str().unwrap().contains('.'));
 }
 
