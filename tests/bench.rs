@@ -73,7 +73,7 @@ fn short_run_writes_its_results_and_leaves_nothing() {
         "--rounds=1",
         "--wires=wire",
         "--only=ping,tcp1,udp64,ping-loaded",
-        "--variant=broken=--no-such-flag",
+        "--variant=broken=--frobnicate",
     ]);
 
     let results = overlay::run(&plan, vec!["--rounds=1".to_owned()], &Interrupt::default(), |line| {
@@ -88,7 +88,7 @@ fn short_run_writes_its_results_and_leaves_nothing() {
         .filter(|error| !error.contains("more than 1 % was lost"))
         .collect();
     assert!(
-        errors.len() == 1 && errors[0].contains("broken") && errors[0].contains("no-such-flag"),
+        errors.len() == 1 && errors[0].contains("broken") && errors[0].contains("--frobnicate"),
         "{errors:?}"
     );
 
@@ -141,6 +141,8 @@ fn assert_json(document: &Value) {
             "{sample:#}"
         );
     }
+    let said = samples[2]["said"].to_string();
+    assert!(said.contains("flannel0 is up"), "{said}");
     assert!(document["machine"]["kernel"].as_str().unwrap().contains('.'));
 }
 

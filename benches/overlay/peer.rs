@@ -19,7 +19,7 @@ pub(crate) const REFERENCE: &str = "vxlan";
 const READY_LIMIT: Duration = Duration::from_secs(20);
 
 /// How much of a daemon's log an error shows.
-const LOG_LINES: usize = 5;
+const LOG_LINES: usize = 10;
 
 /// One way from host to host, with a name that is unique in a run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

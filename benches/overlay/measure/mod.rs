@@ -49,6 +49,8 @@ pub(crate) struct Sample {
     pub(crate) load: f64,
     /// How long the slot took.
     pub(crate) seconds: f64,
+    /// What the daemon of the first host logged of itself: its device with what it makes use of, and all warnings.
+    pub(crate) said: Vec<String>,
     /// What went wrong, a line each.
     pub(crate) errors: Vec<String>,
 }
@@ -79,6 +81,7 @@ pub(crate) fn slot(
         noise: BTreeMap::new(),
         load: load_average(),
         seconds: 0.0,
+        said: Vec::new(),
         errors: Vec::new(),
     };
     let outcome = Slot::set_up(plan, wire, peer, interrupt).and_then(|mut slot| {
@@ -92,6 +95,10 @@ pub(crate) fn slot(
         sample
             .values
             .extend(slot.memory().map(|mebibytes| (Metric::Memory, mebibytes)));
+        sample.said = slot
+            .daemons
+            .first()
+            .map_or_else(Vec::new, |daemon| noteworthy(&daemon.log()));
         slot.tear_down()
     });
     check(interrupt)?;
@@ -228,6 +235,17 @@ fn percentiles(pinged: &Pinged, [p50, p99]: [Metric; 2]) -> Result<Vec<(Metric, 
     Ok(vec![(p50, half), (p99, nearly_all)])
 }
 
+/// `2026-01-02T03:04:05Z  WARN text`: the texts of warnings and errors, and of the line on the device, which tells how the
+/// daemon really works, whatever its flags ask for.
+fn noteworthy(log: &str) -> Vec<String> {
+    let texts = log.lines().filter_map(|line| {
+        let (_, rest) = line.split_once(' ')?;
+        let (level, text) = rest.trim_start().split_once(' ')?;
+        (matches!(level, "WARN" | "ERROR") || text.contains(" is up: ")).then(|| text.to_owned())
+    });
+    texts.collect()
+}
+
 /// `VmHWM: 1234 kB` of /proc/<pid>/status, see proc(5).
 fn peak_kibibytes(status: &str) -> Option<u64> {
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
@@ -252,5 +270,19 @@ mod tests {
         let status = "Name:\tflanneld\nVmPeak:\t  300000 kB\nVmHWM:\t   14336 kB\nVmRSS:\t   12288 kB\n";
         assert_eq!(peak_kibibytes(status), Some(14_336));
         assert_eq!(peak_kibibytes("Name:\tkthreadd\n"), None);
+    }
+
+    #[test]
+    fn device_and_warnings_are_picked_from_a_log() {
+        let log = "\
+2026-01-02T03:04:05.6Z  INFO took subnet 10.5.1.0/24
+2026-01-02T03:04:05.7Z  WARN the kernel lacks it: going on without
+2026-01-02T03:04:05.8Z  INFO flannel0 is up: address 10.5.1.0, 2 workers
+";
+        let expected = [
+            "the kernel lacks it: going on without",
+            "flannel0 is up: address 10.5.1.0, 2 workers",
+        ];
+        assert_eq!(noteworthy(log), expected);
     }
 }

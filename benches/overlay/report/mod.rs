@@ -127,6 +127,18 @@ impl Results {
         })
     }
 
+    /// What the daemons of a peer logged of themselves, each line once.
+    fn said(&self, peer: &str) -> Vec<&str> {
+        let samples = self.samples.iter().filter(|sample| sample.peer == peer);
+        let mut lines: Vec<&str> = Vec::new();
+        for line in samples.flat_map(|sample| &sample.said) {
+            if !lines.contains(&line.as_str()) {
+                lines.push(line);
+            }
+        }
+        lines
+    }
+
     /// What went wrong, a line each.
     pub(crate) fn errors(&self) -> impl Iterator<Item = String> {
         self.samples.iter().flat_map(|sample| {
@@ -273,6 +285,11 @@ mod example {
             noise: BTreeMap::from([(Test::Ping, 0.0), (Test::Tcp1, 0.01)]),
             load: 0.5,
             seconds: 1.0,
+            said: if peer == "flanneld" {
+                vec!["flannel0 is up: fast".to_owned()]
+            } else {
+                Vec::new()
+            },
             errors: Vec::new(),
         }
     }

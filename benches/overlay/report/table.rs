@@ -5,6 +5,9 @@ use super::{Figure, Results, times};
 use comfy_table::{CellAlignment, Table, presets};
 use std::fmt::Write;
 
+/// How many lines of a peer's log are shown; all of them are in the JSON.
+const MOST_SAID: usize = 4;
+
 /// For standard output.
 pub(crate) fn text(results: &Results) -> String {
     let mut out = String::new();
@@ -104,6 +107,10 @@ fn notes(results: &Results) -> Vec<String> {
         .iter()
         .map(|peer| format!("{}: {}", peer.name, peer.meaning()));
     notes.push(format!("{}.", peers.collect::<Vec<_>>().join("; ")));
+    for peer in &results.peers {
+        let said = results.said(&peer.name).into_iter().take(MOST_SAID);
+        notes.extend(said.map(|line| format!("{} says: {line}", peer.name)));
+    }
     if let Some(noise) = results.noise() {
         notes.push(format!(
             "Processor time taken by others: median {:.1} %, at most {:.1} %; {} of {} noisy.",
@@ -172,6 +179,7 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("1 measurement failed."), "{text}");
+        assert_eq!(text.matches("flanneld says: flannel0 is up: fast").count(), 1, "{text}");
     }
 
     #[test]
