@@ -8,7 +8,7 @@ use std::{
     net::{Ipv4Addr, SocketAddr, UdpSocket},
     num::NonZeroUsize,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -49,6 +49,11 @@ const LEAST_MTU: u32 = 68;
 /// Packets that may wait for a worker. The kernel's 500 for TUN devices is less than what one TCP stream sends in the time
 /// that a worker is off its processor; 1,000 is what Ethernet devices have.
 const DEVICE_QUEUE: u32 = 1_000;
+
+/// How long, and how often, a port that is taken is tried again: the kernel closes the files of a killed daemon that has used
+/// io_uring some 20 ms after its end ([`crate::sys::uring`]), on a busy machine later.
+const PORT_PATIENCE: Duration = Duration::from_millis(500);
+const PORT_RETRY: Duration = Duration::from_millis(10);
 
 /// More workers than this by default would only wait for each other; `--workers` goes further.
 const MOST_DEFAULT_WORKERS: usize = 16;
@@ -292,7 +297,15 @@ impl Drop for Udp {
 /// For each worker the tunnel's socket and, with more than one source port, one for each of the others. All workers have the same
 /// ports, so that a flow keeps its own whichever worker carries it.
 fn bind(address: SocketAddr, workers: usize, source_ports: u8) -> io::Result<Vec<Vec<UdpSocket>>> {
-    let tunnel = udp::bind_group(address, workers)?;
+    let begun = Instant::now();
+    let tunnel = loop {
+        match udp::bind_group(address, workers) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && begun.elapsed() < PORT_PATIENCE => {
+                thread::sleep(PORT_RETRY);
+            }
+            bound => break bound?,
+        }
+    };
     let mut sockets: Vec<Vec<UdpSocket>> = tunnel.into_iter().map(|socket| vec![socket]).collect();
     for _ in 1..source_ports {
         let source = udp::bind_source(address.ip(), workers)?;

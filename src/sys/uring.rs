@@ -16,9 +16,9 @@
 //! that no slice of a source's memory lives through it.
 //!
 //! # Files are not registered
-//! A registered file is closed only after the ring, which a thread of the kernel takes down some time after the process is
-//! gone: until then a killed daemon's device and port would still be there when it is started again. A multishot request
-//! looks its file up once, so that there is nothing to be gained either.
+//! A multishot request looks its file up once, so that there is nothing to be gained. And there is something to lose: a killed
+//! process's rings are taken down by a thread of the kernel's, which closes registered files last. Until then the daemon that is
+//! started in its place finds the port taken: for 12 to 21 ms as it is, 36 to 72 ms with registered files (Linux 6.18).
 
 mod pool;
 mod probe;
