@@ -5,7 +5,7 @@ use std::hint::black_box;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use flannel::route_table::{Peer, RouteTable, Routes};
+use flannel::route_table::{Peer, PeerId, RouteTable, Routes};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 const COUNTS: [u32; 5] = [10, 100, 1_000, 10_000, 65_000];
@@ -18,6 +18,7 @@ const DESTINATIONS: usize = 1 << 15;
 fn peer(number: u32) -> Peer {
     Peer {
         addr: (Ipv4Addr::from(0xc0a8_0000 + number), 8285).into(),
+        id: PeerId::new(number as usize).unwrap_or_default(),
     }
 }
 

@@ -4,9 +4,11 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use flannel::{
-    offload::{Coalescer, GsoKind, Headers, Merge, PartialChecksum, VirtioNetHdr, coalesce::MAX_MERGED, split},
-    packet::{IpPacket, Ipv4Packet, Ipv6Packet, TcpFlags, TcpSegment, UdpDatagram, build, checksum, protocol},
+    offload::{Coalescer, GsoKind, Headers, Merge, VirtioNetHdr, coalesce::MAX_MERGED, split},
+    packet::{IpPacket, Ipv4Packet, TcpFlags, TcpSegment, UdpDatagram, checksum, protocol},
 };
+
+use super::source::{Pair, Source, stream, superpacket};
 
 /// Whatever parses is emitted in a form that parses to the same.
 pub fn virtio(data: &[u8]) {
@@ -25,7 +27,7 @@ pub fn split(data: &[u8]) {
     }
     let mut source = Source(data);
     let open = source.byte() & 1 == 0;
-    let (header, packet) = superpacket(&mut source, open);
+    let (header, packet) = superpacket(&mut source, Pair::FIRST, open);
     check_split(&header, &packet, true);
 }
 
@@ -44,14 +46,19 @@ pub fn coalesce(data: &[u8]) {
     assert_eq!(groups, coalesce_slowly(&packets), "of {} packets", packets.len());
 }
 
-/// A superpacket's segments are merged to the superpacket again, and the segments of that are the same.
+/// A superpacket's segments are merged to the superpacket again, and that is split into the same segments: both ways round,
+/// nothing is lost or changed.
 pub fn split_coalesce(data: &[u8]) {
-    let (header, packet) = superpacket(&mut Source(data), true);
+    let (header, packet) = superpacket(&mut Source(data), Pair::FIRST, true);
+    check_split(&header, &packet, true);
     let segments = split_slowly(&header, &packet);
     let groups = check_coalesce(&segments);
     let mergeable = segments.len() > 1 && segments.iter().all(|segment| Facts::of(segment).mergeable());
-    if mergeable && segments.len() <= MAX_MERGED {
-        assert_eq!(groups.len(), 1, "{} segments of one superpacket", segments.len());
+    if mergeable {
+        let fewest = segments.len().div_ceil(MAX_MERGED);
+        assert_eq!(groups.len(), fewest, "{} segments of one superpacket", segments.len());
+    }
+    if mergeable && groups.len() == 1 {
         let (arena, mut coalescer) = coalesced(&segments);
         let write = coalescer.writes(&arena).next().expect("there are segments");
         let written: Vec<u8> = write.parts().flatten().copied().collect();
@@ -146,7 +153,7 @@ fn check_coalesce(packets: &[Vec<u8>]) -> Vec<Vec<usize>> {
 }
 
 /// Like `assert_eq`, but tells where and not what: packets are long.
-fn same(left: &[u8], right: &[u8]) {
+pub(super) fn same(left: &[u8], right: &[u8]) {
     let difference = left.iter().zip(right).position(|(left, right)| left != right);
     assert!(
         left == right,
@@ -183,7 +190,7 @@ fn index_of(packets: &[Vec<u8>], arena: &[u8], packet: &[u8]) -> usize {
 }
 
 /// With DF a constant identification may come back as an ascending one.
-fn adopt_ident(segment: &mut [u8], original: &[u8]) {
+pub(super) fn adopt_ident(segment: &mut [u8], original: &[u8]) {
     if let Ok(mut packet) = Ipv4Packet::new_checked(segment)
         && packet.dont_fragment()
     {
@@ -193,7 +200,7 @@ fn adopt_ident(segment: &mut [u8], original: &[u8]) {
 }
 
 /// Segmentation as one would write it down first: whole packets, whole checksums.
-fn split_slowly(header: &VirtioNetHdr, packet: &[u8]) -> Vec<Vec<u8>> {
+pub(super) fn split_slowly(header: &VirtioNetHdr, packet: &[u8]) -> Vec<Vec<u8>> {
     let (upper, transport) = match IpPacket::parse(packet).expect("a packet") {
         IpPacket::V4(ip) => (ip.protocol(), ip.header_len()),
         IpPacket::V6(ip) => {
@@ -258,7 +265,7 @@ fn fill_transport_checksum(packet: &mut [u8], upper: u8, transport: usize) {
     }
 }
 
-fn pseudo_header(packet: &[u8], upper: u8, transport: usize) -> u32 {
+pub(super) fn pseudo_header(packet: &[u8], upper: u8, transport: usize) -> u32 {
     let len = (packet.len() - transport) as u16;
     match IpPacket::parse(packet).expect("a packet") {
         IpPacket::V4(ip) => checksum::pseudo_header_v4(ip.src(), ip.dst(), upper, len),
@@ -313,7 +320,7 @@ fn continues(packets: &[Vec<u8>], group: &[usize], packet: &[u8]) -> bool {
 type Flow = (IpAddr, IpAddr, u8, [u8; 4]);
 
 /// What there is to know of a packet.
-struct Facts {
+pub(super) struct Facts {
     /// `None`: not known, or none.
     flow: Option<Flow>,
     /// Without a flow: whether it may be part of one.
@@ -333,7 +340,7 @@ struct Facts {
 }
 
 impl Facts {
-    fn of(bytes: &[u8]) -> Self {
+    pub(super) fn of(bytes: &[u8]) -> Self {
         let mut facts = Self {
             flow: None,
             hidden_flow: None,
@@ -426,7 +433,7 @@ impl Facts {
     }
 
     /// Whether this is a packet of no known flow that packets of the other's must not overtake.
-    fn obstructs(&self, other: &Self) -> bool {
+    pub(super) fn obstructs(&self, other: &Self) -> bool {
         match (self.hidden_flow, other.flow) {
             (Some(addresses), Some((src, dst, ..))) => addresses == (src, dst),
             _ => false,
@@ -440,196 +447,4 @@ fn v4_at(bytes: &[u8], at: usize) -> IpAddr {
 
 fn v6_at(bytes: &[u8], at: usize) -> IpAddr {
     Ipv6Addr::from(*bytes[at..].first_chunk::<16>().expect("a whole header")).into()
-}
-
-/// Choices made by bytes; all zero when they run out.
-struct Source<'a>(&'a [u8]);
-
-impl<'a> Source<'a> {
-    fn next(&mut self) -> Option<u8> {
-        let (&byte, rest) = self.0.split_first()?;
-        self.0 = rest;
-        Some(byte)
-    }
-
-    fn byte(&mut self) -> u8 {
-        self.next().unwrap_or(0)
-    }
-
-    fn take(&mut self, len: usize) -> &'a [u8] {
-        let (bytes, rest) = self.0.split_at(len.min(self.0.len()));
-        self.0 = rest;
-        bytes
-    }
-
-    fn number(&mut self) -> u16 {
-        u16::from_be_bytes([self.byte(), self.byte()])
-    }
-
-    /// `len` bytes of payload, different for different `seed`.
-    fn payload(seed: u8, len: usize) -> Vec<u8> {
-        (0..len)
-            .map(|at| (at as u8).wrapping_mul(31).wrapping_add(seed))
-            .collect()
-    }
-}
-
-const OPTIONS: [&[u8]; 3] = [&[], &[1, 1, 8, 10, 0, 0, 0, 1, 0, 0, 0, 2], &[1; 40]];
-
-/// A superpacket that the kernel could hand over: of any kind, with its checksum left open or finished.
-fn superpacket(source: &mut Source<'_>, open: bool) -> (VirtioNetHdr, Vec<u8>) {
-    let [form, flags, seed] = [source.byte(), source.byte(), source.byte()];
-    let len = usize::from(source.number()).min(65_535 - 100);
-    // At most 2,048 segments, whose headers have room.
-    let size = source.number().max(len.div_ceil(2_048) as u16).max(1);
-    let payload = Source::payload(seed, len);
-    let udp = form & 1 != 0;
-    let tcp = build::Tcp {
-        src_port: 40_000,
-        dst_port: 443,
-        seq: u32::from(source.number()) << 16,
-        ack: u32::from(source.number()),
-        flags: TcpFlags(flags),
-        window: 501,
-        options: OPTIONS[usize::from(form >> 4) % OPTIONS.len()],
-    };
-    let mut packet = if form & 2 != 0 {
-        let ip = v6().traffic_class(seed).hop_limit(seed);
-        if udp {
-            ip.udp(1, 2, &payload)
-        } else {
-            ip.tcp(&tcp, &payload)
-        }
-    } else {
-        let ip = v4()
-            .ident(source.number())
-            .dont_fragment(form & 4 != 0)
-            .tos(seed)
-            .ttl(seed);
-        if udp {
-            ip.udp(1, 2, &payload)
-        } else {
-            ip.tcp(&tcp, &payload)
-        }
-    };
-    let (upper, offset) = if udp { (protocol::UDP, 6) } else { (protocol::TCP, 16) };
-    let transport = if form & 2 != 0 { 40 } else { 20 };
-    if open {
-        let sum = checksum::fold(pseudo_header(&packet, upper, transport));
-        packet[transport + offset..transport + offset + 2].copy_from_slice(&sum.to_be_bytes());
-    }
-    let header = VirtioNetHdr {
-        gso: match (udp, form & 2 != 0) {
-            (true, _) => GsoKind::UdpL4,
-            (false, false) => GsoKind::TcpV4,
-            (false, true) => GsoKind::TcpV6,
-        },
-        ecn: false,
-        hdr_len: 0,
-        gso_size: size,
-        checksum: open.then_some(PartialChecksum {
-            start: transport as u16,
-            offset: offset as u16,
-        }),
-    };
-    (header, packet)
-}
-
-fn v4() -> build::Ipv4 {
-    build::Ipv4::new(Ipv4Addr::new(10, 5, 1, 2), Ipv4Addr::new(10, 5, 2, 2))
-}
-
-fn v6() -> build::Ipv6 {
-    build::Ipv6::new(
-        Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 2),
-        Ipv6Addr::new(0xfd00, 2, 0, 0, 0, 0, 0, 2),
-    )
-}
-
-/// Packets of four flows that mostly go on where they were, sometimes with a difference, as the bytes choose.
-fn stream(source: &mut Source<'_>) -> Vec<Vec<u8>> {
-    #[derive(Clone, Copy, Default)]
-    struct At {
-        seq: u32,
-        ident: u16,
-    }
-    let mut flows = [At::default(); 4];
-    let mut packets = Vec::new();
-    while let Some(which) = source.next() {
-        let number = usize::from(which & 3);
-        let change = if which & 0x80 != 0 { source.byte() } else { 0 };
-        let amount = if change != 0 { source.byte() } else { 0 };
-        let at = &mut flows[number];
-        let len = match which >> 2 & 7 {
-            0 => usize::from(amount),
-            1 => 99,
-            2 => 1_400,
-            3 if change & 0x0f == 15 => 32_000,
-            _ => 100,
-        };
-        let mut tcp = build::Tcp {
-            src_port: 40_000,
-            dst_port: 443,
-            seq: at.seq,
-            ack: 7,
-            flags: TcpFlags::ACK,
-            window: 501,
-            options: OPTIONS[1],
-        };
-        let mut ip = v4().ident(at.ident).dont_fragment(which & 0x40 != 0);
-        let mut ip6 = v6();
-        match change & 0x0f {
-            1 => tcp.flags = TcpFlags(amount),
-            2 => tcp.ack += u32::from(amount),
-            3 => tcp.window += u16::from(amount),
-            4 => tcp.seq = tcp.seq.wrapping_sub(u32::from(amount)),
-            5 => tcp.options = OPTIONS[usize::from(amount) % 3],
-            6 => (ip, ip6) = (ip.tos(amount), ip6.traffic_class(amount)),
-            7 => (ip, ip6) = (ip.ttl(amount), ip6.hop_limit(amount)),
-            8 => ip = ip.ident(at.ident.wrapping_sub(u16::from(amount))),
-            _ => {}
-        }
-        let payload = Source::payload(amount, len);
-        let mut packet = match number {
-            0 => ip.tcp(&tcp, &payload),
-            1 => ip.udp(1, 2, &payload),
-            2 => ip6.tcp(&tcp, &payload),
-            _ => ip6.udp(1, 2, &payload),
-        };
-        at.seq = tcp.seq.wrapping_add(len as u32);
-        at.ident = at.ident.wrapping_add(u16::from(change & 0x10 == 0));
-        match change & 0x0f {
-            // Damage, a cut, padding, no UDP checksum, a fragment, an unknown protocol.
-            9 => {
-                // Not in what makes the flow: two that share a slot of the flow table merge less, which is allowed.
-                let flow = if number < 2 { 9..24 } else { 6..44 };
-                let position = Some(usize::from(amount) % packet.len()).filter(|position| !flow.contains(position));
-                let position = position.unwrap_or(packet.len() - 1);
-                packet[position] ^= change >> 4 | 1;
-            }
-            10 => packet.truncate(packet.len() - usize::from(amount).min(packet.len())),
-            11 => packet.extend_from_slice(&[0; 3][..usize::from(amount) % 4]),
-            12 if number == 1 => packet[26..28].fill(0),
-            13 if number < 2 => {
-                let mut view = Ipv4Packet::new_checked(&mut packet[..]).expect("IPv4");
-                view.set_fragment(usize::from(amount), change & 0x20 != 0);
-                view.fill_checksum();
-            }
-            13 => {
-                let mut view = Ipv6Packet::new_checked(&mut packet[..]).expect("IPv6");
-                view.set_next_header(amount);
-            }
-            14 if number < 2 => {
-                let mut view = Ipv4Packet::new_checked(&mut packet[..]).expect("IPv4");
-                view.set_protocol(amount);
-                view.fill_checksum();
-            }
-            _ => {}
-        }
-        packets.push(packet);
-    }
-    // The slow path takes the square of their number.
-    packets.truncate(300);
-    packets.retain(|packet| !packet.is_empty());
-    packets
 }

@@ -2,7 +2,11 @@
 //! the committed corpora. Each of them panics if bytes from the network, or from etcd, break a promise of the library.
 
 mod control;
+mod router;
+mod source;
 mod superpackets;
+mod workers;
+mod world;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -10,11 +14,12 @@ use flannel::packet::{
     Hop, IcmpError, IcmpPacket, Icmpv6Packet, Ipv4Packet, Ipv6Packet, TcpSegment, UdpDatagram, icmp, icmpv6, ipv6,
     protocol,
 };
-use flannel::route_table::{Peer, RouteTable, Routes};
+use flannel::route_table::{Peer, PeerId, RouteTable, Routes};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 pub use control::{lease_value, network_config, subnet_file, subnet_key};
 pub use superpackets::{coalesce, split, split_coalesce, virtio};
+pub use workers::{egress, fast_plain, ingress};
 
 /// A target: panics if `data` breaks a promise.
 pub type Target = fn(data: &[u8]);
@@ -22,7 +27,10 @@ pub type Target = fn(data: &[u8]);
 /// All targets by name.
 pub const TARGETS: &[(&str, Target)] = &[
     ("coalesce", coalesce),
+    ("egress", egress),
+    ("fast_plain", fast_plain),
     ("icmp", icmp),
+    ("ingress", ingress),
     ("ipv4", ipv4),
     ("ipv6", ipv6),
     ("lease_value", lease_value),
@@ -340,6 +348,7 @@ pub fn route_table(data: &[u8]) {
                     net,
                     Peer {
                         addr: SocketAddr::new(address, 8285),
+                        id: PeerId::new(number % PeerId::COUNT).expect("it is below the count"),
                     },
                 ));
             }

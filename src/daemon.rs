@@ -255,7 +255,7 @@ fn backend_of(
 ) -> Result<Box<dyn Backend>, Error> {
     match network.backend() {
         network::Backend::Udp(udp) if network.ipv4().is_some() => {
-            Ok(Box::new(udp::Udp::new(external, udp.port, settings.udp, failures)?))
+            Ok(Box::new(udp::Udp::new(external, udp.clone(), settings.udp, failures)?))
         }
         network::Backend::Udp(_) => Err(Error::NoIpv4),
         other => Err(Error::NoBackend(other.kind())),

@@ -13,17 +13,28 @@
 //! | `EnableNFTables` | traffic rules through nftables | false |
 //! | `Backend` | `Type` (`udp`, `vxlan`, `host-gw`) and that backend's keys | `udp` |
 //!
-//! Keys and `Type` are matched without regard to case. `0`, `0.0.0.0` and `::` stand for the default of a length or a
+//! The `udp` backend has keys of this program's own beside `Port`; the original ignores them:
+//!
+//! | key | meaning | default |
+//! | --- | --- | --- |
+//! | `SourcePorts` | how many UDP source ports flows are hashed over, 1 to 64 | 1: all leaves from `Port` |
+//! | `SourceCheck` | which datagrams are let in: `strict`, `peer` or `off`, see [`SourceCheck`] | `strict` |
+//!
+//! Keys, `Type` and `SourceCheck` are matched without regard to case. `0`, `0.0.0.0` and `::` stand for the default of a length or a
 //! bound, as in the original.
 
+mod backend;
 mod plan;
 
-use std::{fmt, net::IpAddr, str::FromStr};
+use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
-pub use self::plan::{AddressPlan, Block, Keys};
+pub use self::{
+    backend::{Backend, BackendKind, SourceCheck, SourcePorts, UDP_PORT, Udp, UnknownBackend, VXLAN_PORT, Vni, Vxlan},
+    plan::{AddressPlan, Block, Keys},
+};
 use crate::{
     json::{GivenTwice, Members, excerpt, type_of},
     registry::{self, Registry},
@@ -31,12 +42,6 @@ use crate::{
 
 /// The configuration's key, relative to the network's prefix.
 pub const CONFIG_KEY: &str = "config";
-
-/// The `udp` backend's port unless configured, as in the original.
-pub const UDP_PORT: u16 = 8285;
-
-/// The `vxlan` backend's port unless configured: Linux's, which is older than IANA's 4789 (RFC 7348, section 8.1).
-pub const VXLAN_PORT: u16 = 8472;
 
 /// A valid network configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,131 +59,6 @@ pub struct Parsed {
     pub network: Network,
     /// What was ignored or corrected, each one line for the log.
     pub warnings: Vec<String>,
-}
-
-/// How packets travel between hosts.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Backend {
-    /// Packets in UDP datagrams, carried by this program.
-    Udp(Udp),
-    /// Packets in VXLAN, carried by the kernel.
-    Vxlan(Vxlan),
-    /// Plain routes; all hosts share a link.
-    HostGw,
-}
-
-/// The `udp` backend's settings.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Udp {
-    /// The port of every host; not 0.
-    pub port: u16,
-}
-
-/// The `vxlan` backend's settings.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Vxlan {
-    /// The overlay's number.
-    pub vni: Vni,
-    /// The port of every host; not 0.
-    pub port: u16,
-    /// Carry the group policy (the packet's mark).
-    pub gbp: bool,
-    /// Let the device learn where addresses live.
-    pub learning: bool,
-    /// Plain routes to hosts on the same link.
-    pub direct_routing: bool,
-    /// The underlay's MTU; `None`: the external interface's.
-    pub mtu: Option<u16>,
-}
-
-/// A VXLAN network identifier: 24 bits (RFC 7348, section 5).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Vni(u32);
-
-impl Vni {
-    /// The largest there is.
-    pub const MAX: Vni = Vni((1 << 24) - 1);
-
-    /// `None` beyond [`Vni::MAX`].
-    pub fn new(number: u32) -> Option<Self> {
-        (number <= Self::MAX.0).then_some(Vni(number))
-    }
-
-    /// The number.
-    pub fn get(self) -> u32 {
-        self.0
-    }
-}
-
-impl fmt::Display for Vni {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
-}
-
-/// The backends by name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum BackendKind {
-    /// `udp`
-    Udp,
-    /// `vxlan`
-    Vxlan,
-    /// `host-gw`
-    HostGw,
-}
-
-impl BackendKind {
-    /// All there are.
-    pub const ALL: [BackendKind; 3] = [BackendKind::Udp, BackendKind::Vxlan, BackendKind::HostGw];
-
-    /// The name, as it stands in configurations and leases.
-    pub fn name(self) -> &'static str {
-        match self {
-            BackendKind::Udp => "udp",
-            BackendKind::Vxlan => "vxlan",
-            BackendKind::HostGw => "host-gw",
-        }
-    }
-}
-
-impl fmt::Display for BackendKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
-
-/// Reads a name without regard to case: `VxLAN` is in use.
-impl FromStr for BackendKind {
-    type Err = UnknownBackend;
-
-    fn from_str(name: &str) -> Result<Self, UnknownBackend> {
-        let known = BackendKind::ALL
-            .into_iter()
-            .find(|kind| kind.name().eq_ignore_ascii_case(name));
-        known.ok_or_else(|| UnknownBackend(excerpt(name)))
-    }
-}
-
-/// A backend that this program does not have.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is none of the backends that this flanneld has: udp, vxlan and host-gw")]
-pub struct UnknownBackend(pub String);
-
-impl Backend {
-    /// Which one it is.
-    pub fn kind(&self) -> BackendKind {
-        match self {
-            Backend::Udp(_) => BackendKind::Udp,
-            Backend::Vxlan(_) => BackendKind::Vxlan,
-            Backend::HostGw => BackendKind::HostGw,
-        }
-    }
-}
-
-impl fmt::Display for Backend {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.kind().fmt(f)
-    }
 }
 
 /// Why a text is no network configuration. Each says what would be right.
@@ -258,6 +138,12 @@ pub enum ConfigError {
     },
     #[error("Backend.Type: {0}")]
     UnknownType(UnknownBackend),
+    #[error("{key} is {value:?}, but must be {wanted}")]
+    UnknownName {
+        key: &'static str,
+        value: String,
+        wanted: &'static str,
+    },
     #[error("{key} is {value}, but must be {first} to {last}")]
     OutOfRange {
         key: String,
@@ -299,13 +185,13 @@ impl Network {
         }
         let enable_nftables = keys.flag("EnableNFTables")?.unwrap_or(false);
         let backend = match keys.members.take("Backend") {
-            None => Backend::Udp(Udp { port: UDP_PORT }),
+            None => Backend::default(),
             Some(Value::Object(object)) => {
                 let mut keys = Reader {
                     path: "Backend.",
                     members: Members::new(object)?,
                 };
-                let backend = keys.backend()?;
+                let backend = Backend::read(&mut keys)?;
                 keys.warn_of_rest(&mut warnings);
                 backend
             }
@@ -355,21 +241,7 @@ impl Network {
         if let Some(plan) = &self.ipv6 {
             object.extend(plan_to_json(plan));
         }
-        let kind = self.backend.kind().name();
-        let backend = match &self.backend {
-            Backend::Udp(Udp { port }) => json!({ "Type": kind, "Port": port }),
-            Backend::Vxlan(vxlan) => json!({
-                "Type": kind,
-                "VNI": vxlan.vni.get(),
-                "Port": vxlan.port,
-                "GBP": vxlan.gbp,
-                "Learning": vxlan.learning,
-                "DirectRouting": vxlan.direct_routing,
-                "MTU": vxlan.mtu,
-            }),
-            Backend::HostGw => json!({ "Type": kind }),
-        };
-        object.insert("Backend".into(), backend);
+        object.insert("Backend".into(), self.backend.to_json());
         object
     }
 }
@@ -435,32 +307,6 @@ impl Reader {
         let min = self.address(subnet_min, example)?;
         let max = self.address(subnet_max, example)?;
         AddressPlan::new(whole, subnet_len, min, max).map(Some)
-    }
-
-    /// The members of `Backend`.
-    fn backend(&mut self) -> Result<Backend, ConfigError> {
-        let kind = match self.text("Type", "the name of a backend: \"udp\", \"vxlan\" or \"host-gw\"")? {
-            None => BackendKind::Udp,
-            Some(name) => name.parse().map_err(ConfigError::UnknownType)?,
-        };
-        let max_port = u64::from(u16::MAX);
-        Ok(match kind {
-            BackendKind::Udp => Backend::Udp(Udp {
-                port: self.number_in("Port", 1, max_port)?.unwrap_or(UDP_PORT),
-            }),
-            BackendKind::Vxlan => Backend::Vxlan(Vxlan {
-                vni: self.number_in("VNI", 0, Vni::MAX.0.into())?.map_or(Vni(1), Vni),
-                port: self
-                    .number_in("Port", 0, max_port)?
-                    .filter(|port| *port != 0)
-                    .unwrap_or(VXLAN_PORT),
-                gbp: self.flag("GBP")?.unwrap_or(false),
-                learning: self.flag("Learning")?.unwrap_or(false),
-                direct_routing: self.flag("DirectRouting")?.unwrap_or(false),
-                mtu: self.number_in("MTU", 0, max_port)?.filter(|mtu| *mtu != 0),
-            }),
-            BackendKind::HostGw => Backend::HostGw,
-        })
     }
 
     fn flag(&mut self, key: &str) -> Result<Option<bool>, ConfigError> {
@@ -646,15 +492,14 @@ mod tests {
         );
         assert_eq!(network.ipv6(), None);
         assert!(!network.enable_nftables());
-        assert_eq!(network.backend(), &Backend::Udp(Udp { port: 8285 }));
+        assert_eq!(network.backend(), &Backend::default());
     }
 
     #[test]
-    fn keys_and_type_are_read_without_regard_to_case() {
+    fn keys_are_read_without_regard_to_case() {
         let network = network(
             r#"{"network":"10.5.0.0/16","SUBNETLEN":20,"subnetMin":"10.5.16.0","SubnetMAX":"10.5.32.0",
-                "enableNFTables":true,
-                "backend":{"type":"VxLAN","vni":42,"PORT":4789,"Directrouting":true,"mtu":1400,"gbp":true,"learning":true}}"#,
+                "enableNFTables":true,"backend":{"type":"host-gw"}}"#,
         );
         let plan = network.ipv4().unwrap();
         assert_eq!(
@@ -662,40 +507,7 @@ mod tests {
             ("10.5.16.0/20".parse().unwrap(), "10.5.32.0/20".parse().unwrap())
         );
         assert!(network.enable_nftables());
-        let expected = Vxlan {
-            vni: Vni::new(42).unwrap(),
-            port: 4789,
-            gbp: true,
-            learning: true,
-            direct_routing: true,
-            mtu: Some(1400),
-        };
-        assert_eq!(network.backend(), &Backend::Vxlan(expected));
-    }
-
-    #[test]
-    fn each_backend_has_its_defaults() {
-        let backend = |json: &str| {
-            let config = format!(r#"{{"Network":"10.5.0.0/16","Backend":{json}}}"#);
-            network(&config).backend().clone()
-        };
-        assert_eq!(backend("{}"), Backend::Udp(Udp { port: 8285 }));
-        assert_eq!(backend("null"), Backend::Udp(Udp { port: 8285 }));
-        assert_eq!(
-            backend(r#"{"Type":"udp","Port":9000}"#),
-            Backend::Udp(Udp { port: 9000 })
-        );
-        assert_eq!(backend(r#"{"Type":"host-gw"}"#), Backend::HostGw);
-        let vxlan = Vxlan {
-            vni: Vni(1),
-            port: 8472,
-            gbp: false,
-            learning: false,
-            direct_routing: false,
-            mtu: None,
-        };
-        assert_eq!(backend(r#"{"Type":"vxlan"}"#), Backend::Vxlan(vxlan.clone()));
-        assert_eq!(backend(r#"{"Type":"vxlan","Port":0,"MTU":0}"#), Backend::Vxlan(vxlan));
+        assert_eq!(network.backend(), &Backend::HostGw);
     }
 
     #[test]
@@ -801,26 +613,6 @@ mod tests {
                 &["Backend is \"udp\", a string", "{\"Type\":\"udp\"}"],
             ),
             (
-                r#"{"Network":"10.5.0.0/16","Backend":{"Type":7}}"#,
-                &["Backend.Type is 7", "\"vxlan\""],
-            ),
-            (
-                r#"{"Network":"10.5.0.0/16","Backend":{"Type":"wireguard"}}"#,
-                &["Backend.Type: \"wireguard\"", "udp, vxlan and host-gw"],
-            ),
-            (
-                r#"{"Network":"10.5.0.0/16","Backend":{"Port":0}}"#,
-                &["Backend.Port is 0", "1 to 65535"],
-            ),
-            (
-                r#"{"Network":"10.5.0.0/16","Backend":{"Port":65536}}"#,
-                &["Backend.Port is 65536", "1 to 65535"],
-            ),
-            (
-                r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan","VNI":16777216}}"#,
-                &["Backend.VNI is 16777216", "0 to 16777215"],
-            ),
-            (
                 r#"{"Network":"10.5.0.0/16","EnableNFTables":"true"}"#,
                 &["EnableNFTables is \"true\"", "without quotes"],
             ),
@@ -910,7 +702,10 @@ mod tests {
 
     fn any_config() -> impl Strategy<Value = String> {
         let backend = prop_oneof![
-            any::<u16>().prop_map(|port| format!(r#"{{"Type":"udp","Port":{port}}}"#)),
+            (any::<u16>(), 0u8..66, 0..4usize).prop_map(|(port, source_ports, check)| {
+                let check = ["strict", "PEER", "Off", "none"][check];
+                format!(r#"{{"Type":"udp","Port":{port},"SourcePorts":{source_ports},"SourceCheck":"{check}"}}"#)
+            }),
             (0u32..1 << 25, any::<bool>(), any::<u16>()).prop_map(|(vni, flag, mtu)| format!(
                 r#"{{"Type":"vxlan","VNI":{vni},"DirectRouting":{flag},"MTU":{mtu}}}"#
             )),

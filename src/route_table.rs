@@ -30,6 +30,31 @@ pub const MAX_SLOTS: usize = 1 << 17;
 pub struct Peer {
     /// The underlay address and port that the subnet's host receives datagrams on.
     pub addr: SocketAddr,
+    /// The number under which its packets are counted.
+    pub id: PeerId,
+}
+
+/// A peer's number, small and dense: an index into counters. The default is [`OTHERS`](Self::OTHERS).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PeerId(u16);
+
+impl PeerId {
+    /// The number of all peers that have none of their own.
+    pub const OTHERS: Self = Self(0);
+
+    /// How many there are: 15 bits, what a slot of the route table has left, and three times the hosts of a large cluster.
+    pub const COUNT: usize = 1 << 15;
+
+    /// `None` from [`COUNT`](Self::COUNT) on.
+    pub fn new(index: usize) -> Option<Self> {
+        (index < Self::COUNT).then_some(Self(index as u16))
+    }
+
+    /// The number, below [`COUNT`](Self::COUNT).
+    #[inline]
+    pub fn index(self) -> usize {
+        self.0.into()
+    }
 }
 
 /// All routes of one moment. Longest prefix wins.
@@ -37,6 +62,8 @@ pub struct Peer {
 pub struct RouteTable {
     v4: Family<u32>,
     v6: Family<u128>,
+    /// The peers' hosts, in order and each once.
+    hosts: Box<[(IpAddr, PeerId)]>,
 }
 
 impl RouteTable {
@@ -44,8 +71,9 @@ impl RouteTable {
     ///
     /// The time is that of a stable sort, which is linear for routes that come in order.
     pub fn new(routes: impl IntoIterator<Item = (IpNet, Peer)>) -> Self {
-        let (mut v4, mut v6) = (Vec::new(), Vec::new());
+        let (mut v4, mut v6, mut hosts) = (Vec::new(), Vec::new(), Vec::new());
         for (net, peer) in routes {
+            hosts.push((peer.addr.ip(), peer.id));
             let len = net.prefix_len();
             match net {
                 IpNet::V4(net) => v4.push(Route {
@@ -60,10 +88,19 @@ impl RouteTable {
                 }),
             }
         }
+        hosts.sort();
+        hosts.dedup_by_key(|(host, _)| *host);
         Self {
             v4: Family::new(v4),
             v6: Family::new(v6),
+            hosts: hosts.into(),
         }
+    }
+
+    /// The number of the peer whose underlay address this is.
+    pub fn host(&self, address: IpAddr) -> Option<PeerId> {
+        let at = self.hosts.binary_search_by_key(&address, |(host, _)| *host).ok()?;
+        Some(self.hosts[at].1)
     }
 
     /// The peer of the longest prefix that covers `dst`.
@@ -154,13 +191,16 @@ impl<N: Number> Family<N> {
     #[inline]
     fn lookup(&self, dst: N) -> Option<Peer> {
         let slot = self.layout.lookup(dst);
-        match slot >> 48 {
-            0 => None,
-            INLINE => Some(Peer {
+        if slot & INLINE != 0 {
+            return Some(Peer {
                 addr: SocketAddr::from((Ipv4Addr::from(slot as u32), (slot >> 32) as u16)),
-            }),
-            _ => self.routes.get(slot as u32 as usize).map(|route| route.peer),
+                id: PeerId((slot >> 48) as u16 & (PeerId::COUNT - 1) as u16),
+            });
         }
+        if slot == NO_ROUTE {
+            return None;
+        }
+        self.routes.get(slot as u32 as usize).map(|route| route.peer)
     }
 
     fn iter(&self) -> impl Iterator<Item = (IpNet, Peer)> {
@@ -170,19 +210,23 @@ impl<N: Number> Family<N> {
 
 /// Which peer, in eight bytes, a quarter of a [`Peer`]: the peers of 65,000 routes stay in the cache.
 ///
-/// The top 16 bits are zero where no route is (an array of zeroes comes from the kernel and costs only the pages that are
-/// written to); [`INLINE`] before the port and the address of an IPv4 peer; [`INDEX`] before a route's index otherwise.
+/// Zero where no route is (an array of zeroes comes from the kernel and costs only the pages that are written to); with the
+/// bit [`INLINE`], the number (15 bits), the port and the address of an IPv4 peer; with the bit [`INDEX`] a route's index
+/// otherwise.
 type Slot = u64;
 
 const NO_ROUTE: Slot = 0;
-const INLINE: u64 = 1;
-const INDEX: u64 = 2;
+const INLINE: Slot = 1 << 63;
+const INDEX: Slot = 1 << 62;
 
 fn slot(index: usize, peer: &Peer) -> Slot {
     match peer.addr {
-        SocketAddr::V4(addr) => INLINE << 48 | u64::from(addr.port()) << 32 | u64::from(u32::from(*addr.ip())),
+        SocketAddr::V4(addr) => {
+            let id = (peer.id.index() as u64) << 48;
+            INLINE | id | u64::from(addr.port()) << 32 | u64::from(u32::from(*addr.ip()))
+        }
         // 2^32 routes do not fit into memory.
-        SocketAddr::V6(_) => INDEX << 48 | u64::from(index as u32),
+        SocketAddr::V6(_) => INDEX | u64::from(index as u32),
     }
 }
 
@@ -396,7 +440,12 @@ mod tests {
     fn peer(number: u32) -> Peer {
         Peer {
             addr: (Ipv4Addr::from(number), 8285).into(),
+            id: id(number as usize % PeerId::COUNT),
         }
+    }
+
+    fn id(index: usize) -> PeerId {
+        PeerId::new(index).unwrap()
     }
 
     fn table(routes: &[(&str, u32)]) -> RouteTable {
@@ -526,14 +575,31 @@ mod tests {
             ["0.0.0.0:0", "255.255.255.255:65535", "[::]:0", "[fe80::1%7]:8285"].map(|addr| addr.parse().unwrap());
         for wide in [false, true] {
             let nets = (1..).map(|number| Ipv4Net::new_assert(Ipv4Addr::new(10, 5, number, 0), 24).into());
-            let routes = nets.zip(peers.map(|addr| Peer { addr }));
+            let peers = (1..).zip(peers).map(|(number, addr)| Peer {
+                addr,
+                id: id(PeerId::COUNT - number),
+            });
+            let routes = nets.zip(peers.clone());
             let default = wide.then(|| ("0.0.0.0/0".parse().unwrap(), peer(1)));
             let table = RouteTable::new(routes.chain(default));
             assert_eq!(matches!(table.v4.layout, Layout::Intervals { .. }), wide);
-            for (number, addr) in (1..).zip(peers) {
-                assert_eq!(table.lookup_v4(Ipv4Addr::new(10, 5, number, 9)), Some(Peer { addr }));
+            for (number, peer) in (1..).zip(peers) {
+                assert_eq!(table.lookup_v4(Ipv4Addr::new(10, 5, number, 9)), Some(peer));
             }
         }
+    }
+
+    #[test]
+    fn hosts_are_known_by_their_underlay_address() {
+        let table = table(&[("10.5.34.0/24", 7), ("fd00:1::/64", 7), ("10.5.35.0/24", 2)]);
+        let host = |number: u32| table.host(Ipv4Addr::from(number).into());
+        assert_eq!((host(7), host(2), host(3)), (Some(id(7)), Some(id(2)), None));
+    }
+
+    #[test]
+    fn there_are_as_many_numbers_as_a_slot_can_hold() {
+        assert_eq!(PeerId::new(PeerId::COUNT), None);
+        assert_eq!(id(PeerId::COUNT - 1).index(), PeerId::COUNT - 1);
     }
 
     #[test]

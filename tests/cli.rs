@@ -81,6 +81,47 @@ fn version_and_help_go_to_standard_output() {
 }
 
 #[test]
+fn a_bad_value_of_the_packet_engines_flags_is_named_with_what_would_be_right() {
+    for (variable, flags, parts) in [
+        (None, &["--io=epoll"][..], &["epoll", "--io", "auto, mmsg or uring"][..]),
+        (None, &["-pin=perhaps"], &["perhaps", "--pin", "true or false"]),
+        (None, &["-busy-poll", "50us"], &["50us", "--busy-poll", "0 to 1000000"]),
+        (
+            None,
+            &["run", "--busy-poll=1000001"],
+            &["1000001", "--busy-poll", "0 to 1000000"],
+        ),
+        (
+            None,
+            &["--offload=true", "--no-offload"],
+            &["--offload=true", "--no-offload", "give one of them"],
+        ),
+        (
+            Some(("FLANNELD_IO", "epoll")),
+            &[],
+            &["epoll", "--io", "auto, mmsg or uring"],
+        ),
+        (
+            Some(("FLANNELD_BUSY_POLL", "-5")),
+            &[],
+            &["-5", "--busy-poll", "0 to 1000000"],
+        ),
+        (
+            Some(("FLANNELD_NO_OFFLOAD", "no")),
+            &[],
+            &["no", "--no-offload", "true or false"],
+        ),
+    ] {
+        let output = Command::new(FLANNELD).args(flags).envs(variable).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{variable:?} {flags:?}: {said}");
+        for part in parts {
+            assert!(said.contains(part), "{variable:?} {flags:?}: {part} is not in {said}");
+        }
+    }
+}
+
+#[test]
 fn a_full_disk_behind_standard_error_does_not_change_the_exit_code() {
     let status = Command::new(FLANNELD)
         .args(["-etcd-endpoints=ftp://192.0.2.1", "network", "get"])
@@ -124,6 +165,14 @@ fn each_bad_configuration_has_its_own_message_with_key_and_value_from_command_an
         (
             r#"{"Network":"10.5.0.0/16","Backend":{"Port":70000}}"#,
             &["Port", "70000"],
+        ),
+        (
+            r#"{"Network":"10.5.0.0/16","Backend":{"Type":"udp","SourcePorts":65}}"#,
+            &["Backend.SourcePorts", "65", "1 to 64"],
+        ),
+        (
+            r#"{"Network":"10.5.0.0/16","Backend":{"Type":"udp","sourcecheck":"loose"}}"#,
+            &["Backend.SourceCheck", "loose", "strict", "peer", "off"],
         ),
     ];
     let mut lab = new_lab("config");

@@ -1,7 +1,11 @@
 //! Splitting and coalescing through the public door: against the slow, obvious implementations of the fuzz targets.
 
-#[allow(unreachable_pub, reason = "the fuzz targets use it as well")]
-#[path = "../fuzz/superpackets.rs"]
+#[path = "../fuzz/targets.rs"]
+#[expect(
+    unreachable_pub,
+    dead_code,
+    reason = "the same file is the library of the fuzz crate"
+)]
 mod targets;
 
 use proptest::prelude::*;

@@ -8,6 +8,7 @@ use std::{
     net::{Ipv4Addr, SocketAddr, UdpSocket},
     num::NonZeroUsize,
     thread,
+    time::{Duration, Instant},
 };
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -15,14 +16,19 @@ use tokio::sync::mpsc::UnboundedSender;
 use tracing::{info, warn};
 
 use crate::{
-    engine::{Engine, IcmpSource, Offloads, Parts},
+    engine::{
+        Engine, IcmpSource, Offloads, Parts,
+        admission::{self, Admission},
+        io::Way,
+        peers::PeerIds,
+    },
     kernel::{Kernel, external::External},
     lease::{record::Lease, watch::PeerSet},
-    network::{BackendKind, Network},
+    network::{self, BackendKind, Network, SourceCheck},
     route_table::{Peer, RouteTable, Routes},
     sys::{
         tun::{self, Tun, TunOffload},
-        udp,
+        udp, uring,
     },
 };
 
@@ -44,8 +50,16 @@ const LEAST_MTU: u32 = 68;
 /// that a worker is off its processor; 1,000 is what Ethernet devices have.
 const DEVICE_QUEUE: u32 = 1_000;
 
+/// How long, and how often, a port that is taken is tried again: the kernel closes the files of a killed daemon that has used
+/// io_uring some 20 ms after its end ([`crate::sys::uring`]), on a busy machine later.
+const PORT_PATIENCE: Duration = Duration::from_millis(500);
+const PORT_RETRY: Duration = Duration::from_millis(10);
+
 /// More workers than this by default would only wait for each other; `--workers` goes further.
 const MOST_DEFAULT_WORKERS: usize = 16;
+
+/// The way to move packets that is the better one where the kernel has both: the benchmark decides.
+const BEST_WAY: Way = Way::Mmsg;
 
 /// How the TUN device is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -57,6 +71,18 @@ pub enum TunMode {
     Plain,
 }
 
+/// How packets are moved between the TUN device, the workers and the sockets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum IoMode {
+    /// Whichever is the faster of those that the kernel lets us have.
+    #[default]
+    Auto,
+    /// System calls, for batches of packets where there are such: `recvmmsg`, `sendmmsg`.
+    Mmsg,
+    /// `io_uring`: requests and answers through memory that is shared with the kernel.
+    Uring,
+}
+
 /// What the user chose.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
@@ -66,20 +92,28 @@ pub struct Options {
     pub offload: bool,
     /// How the TUN device is opened.
     pub tun: TunMode,
+    /// How packets are moved.
+    pub io: IoMode,
+    /// Whether each worker stays on a processor of its own.
+    pub pin: bool,
+    /// How long a worker looks for packets before it sleeps; 0: it sleeps at once.
+    pub busy_poll: Duration,
 }
 
 /// The `udp` backend.
 pub struct Udp {
     external: External,
-    port: u16,
-    tun: TunMode,
-    offload: bool,
+    configuration: network::Udp,
+    options: Options,
     workers: usize,
     mtu: u32,
     routes: Routes,
+    peers: PeerIds,
     failures: UnboundedSender<String>,
-    /// Until the engine takes them.
-    sockets: Vec<UdpSocket>,
+    /// For each worker, until the engine takes them.
+    sockets: Vec<Vec<UdpSocket>>,
+    /// The device's name once there is one.
+    device: Option<String>,
     engine: Option<Engine>,
 }
 
@@ -90,7 +124,7 @@ impl Udp {
     /// When the port is in use, or the external MTU is too small.
     pub fn new(
         external: &External,
-        port: u16,
+        configuration: network::Udp,
         options: Options,
         failures: UnboundedSender<String>,
     ) -> Result<Self, Error> {
@@ -107,8 +141,8 @@ impl Udp {
                 .map_or(1, NonZeroUsize::get)
                 .min(MOST_DEFAULT_WORKERS),
         };
-        let address = SocketAddr::new(external.address.into(), port);
-        let sockets = udp::bind_group(address, workers).map_err(|source| Error::Bind {
+        let address = SocketAddr::new(external.address.into(), configuration.port);
+        let sockets = bind(address, workers, configuration.source_ports.get()).map_err(|source| Error::Bind {
             address,
             hint: match source.kind() {
                 io::ErrorKind::AddrInUse => {
@@ -121,20 +155,21 @@ impl Udp {
         })?;
         Ok(Self {
             external: external.clone(),
-            port,
-            tun: options.tun,
-            offload: options.offload,
+            configuration,
+            options,
             workers,
             mtu,
             routes: Routes::default(),
+            peers: PeerIds::default(),
             failures,
             sockets,
+            device: None,
             engine: None,
         })
     }
 
     fn open_queues(&self) -> io::Result<(Tun, TunOffload)> {
-        if self.offload {
+        if self.options.offload {
             tun::open_offload(DEVICE, self.workers)
         } else {
             tun::open_multi_queue(DEVICE, self.workers).map(|device| (device, TunOffload::None))
@@ -143,7 +178,7 @@ impl Udp {
 
     /// Opens the TUN device, by the plain path where the fast one is refused.
     fn open_device(&mut self) -> Result<(Tun, TunOffload), Error> {
-        let opened = match self.tun {
+        let opened = match self.options.tun {
             TunMode::Plain => tun::open_plain(DEVICE).map(|device| (device, TunOffload::None)),
             TunMode::Auto => self.open_queues().or_else(|error| {
                 if error.raw_os_error() != Some(libc::EINVAL) {
@@ -188,54 +223,121 @@ impl Backend for Udp {
             network,
             own,
         )?;
+        let offload = self.options.offload;
         let offloads = Offloads {
             tun_tcp: tun_offload >= TunOffload::Tcp,
             tun_udp: tun_offload == TunOffload::TcpUdp,
-            udp_segment: self.offload && self.sockets.iter().all(udp::can_segment),
-            udp_gro: self.offload && self.sockets.iter().all(|socket| udp::enable_gro(socket).is_ok()),
+            udp_segment: offload && self.sockets.iter().flatten().all(udp::can_segment),
+            udp_gro: offload && self.sockets.iter().all(|sockets| udp::enable_gro(&sockets[0]).is_ok()),
         };
+        let (way, refused) = choose_way(self.options.io, uring::probe);
+        if let Some(reason) = refused {
+            warn!("cannot use io_uring: {reason}; packets are moved with system calls (--io=mmsg) instead");
+        }
         let failures = self.failures.clone();
         let parts = Parts {
             queues: device.queues,
             sockets: std::mem::take(&mut self.sockets),
             routes: self.routes.clone(),
+            admission: Admission::new(source_check(self.configuration.source_check), nets(own)),
             icmp_source: icmp_source(own),
             offloads,
+            way,
+            pin: self.options.pin,
+            busy_poll: self.options.busy_poll,
         };
         // Nobody listens any more when the daemon is ending.
         let engine = Engine::start(parts, move |reason| drop(failures.send(reason))).map_err(Error::Engine)?;
         info!(
-            "{} is up: address {}, MTU {}, {} worker{}, UDP {}:{} on {}, offloads: {offloads}",
+            "{} is up: address {}, MTU {}, {} worker{}, UDP {}:{} on {}, I/O {way}, offloads: {offloads}",
             device.name,
             own.subnets.v4().addr(),
             self.mtu,
             self.workers,
             if self.workers == 1 { "" } else { "s" },
             self.external.address,
-            self.port,
+            self.configuration.port,
             self.external.name,
         );
+        self.device = Some(device.name);
         self.engine = Some(engine);
         Ok(())
     }
 
     fn apply(&mut self, peers: &PeerSet) -> Result<(), Error> {
+        let (port, ids) = (self.configuration.port, &mut self.peers);
         let routes = peers.values().flat_map(|lease| {
+            let host = lease.value.public_ip.into();
             let peer = Peer {
-                addr: SocketAddr::new(lease.value.public_ip.into(), self.port),
+                addr: SocketAddr::new(host, port),
+                id: ids.id(host),
             };
             nets(lease).map(move |net| (net, peer))
         });
-        self.routes.publish(RouteTable::new(routes));
+        let table = RouteTable::new(routes);
+        self.routes.publish(table);
         Ok(())
     }
 }
 
 impl Drop for Udp {
     fn drop(&mut self) {
-        if let Some(engine) = &self.engine {
-            info!("{}", engine.summary());
+        let (Some(engine), Some(device)) = (&self.engine, &self.device) else {
+            return;
+        };
+        // A device that is gone, or a kernel that does not answer, leaves that number out.
+        let overflow = Kernel::open().ok().and_then(|mut kernel| kernel.dropped(device).ok());
+        let overflow = overflow.map_or(String::new(), |packets| {
+            format!("; {device}'s queue overflowed {packets} times")
+        });
+        info!("{}{overflow}", engine.snapshot().summary());
+    }
+}
+
+/// For each worker the tunnel's socket and, with more than one source port, one for each of the others. All workers have the same
+/// ports, so that a flow keeps its own whichever worker carries it.
+fn bind(address: SocketAddr, workers: usize, source_ports: u8) -> io::Result<Vec<Vec<UdpSocket>>> {
+    let begun = Instant::now();
+    let tunnel = loop {
+        match udp::bind_group(address, workers) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && begun.elapsed() < PORT_PATIENCE => {
+                thread::sleep(PORT_RETRY);
+            }
+            bound => break bound?,
         }
+    };
+    let mut sockets: Vec<Vec<UdpSocket>> = tunnel.into_iter().map(|socket| vec![socket]).collect();
+    for _ in 1..source_ports {
+        let source = udp::bind_source(address.ip(), workers)?;
+        sockets
+            .iter_mut()
+            .zip(source)
+            .for_each(|(of_worker, socket)| of_worker.push(socket));
+    }
+    Ok(sockets)
+}
+
+/// The way that the user wants, or the one that every kernel has, with the reason, where that is refused.
+fn choose_way<E>(wanted: IoMode, probe: impl FnOnce() -> Result<(), E>) -> (Way, Option<E>) {
+    let wanted = match wanted {
+        IoMode::Auto => BEST_WAY,
+        IoMode::Mmsg => Way::Mmsg,
+        IoMode::Uring => Way::Uring,
+    };
+    match wanted {
+        Way::Mmsg => (Way::Mmsg, None),
+        Way::Uring => match probe() {
+            Ok(()) => (Way::Uring, None),
+            Err(reason) => (Way::Mmsg, Some(reason)),
+        },
+    }
+}
+
+fn source_check(configured: SourceCheck) -> admission::SourceCheck {
+    match configured {
+        SourceCheck::Strict => admission::SourceCheck::Strict,
+        SourceCheck::Peer => admission::SourceCheck::Peer,
+        SourceCheck::Off => admission::SourceCheck::Off,
     }
 }
 
@@ -321,6 +423,15 @@ fn icmp_source(own: &Lease) -> IcmpSource {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn io_uring_is_used_where_it_is_wanted_and_not_refused() {
+        let (there, refused) = (|| Ok::<_, &str>(()), || Err("an old kernel"));
+        assert_eq!(choose_way(IoMode::Uring, there), (Way::Uring, None));
+        assert_eq!(choose_way(IoMode::Uring, refused), (Way::Mmsg, Some("an old kernel")));
+        // Not even asked for.
+        assert_eq!(choose_way(IoMode::Mmsg, refused), (Way::Mmsg, None));
+    }
 
     #[test]
     fn the_overlays_packets_fit_the_interface_and_a_datagram() {

@@ -3,13 +3,11 @@
 //! Each host is a network namespace with a daemon process of its own, run from this very binary; each subnet has one
 //! container. Nothing outside the lab is touched, and nothing of it stays, also after Ctrl-C; see [`crate::lab`].
 
-mod interrupt;
 mod progress;
 mod report;
 
 use super::DemoArgs;
-use crate::lab::{self, Container, Host, Lab, LabError, Ping, Process, SubnetEnv};
-use interrupt::Interrupt;
+use crate::lab::{self, Container, Host, Interrupt, Lab, LabError, Ping, Process, SubnetEnv};
 use nix::sys::signal::Signal;
 use progress::Step;
 use report::PairResult;
@@ -182,13 +180,8 @@ fn take_down(out: &mut impl Write) -> Result<(), DemoError> {
 }
 
 fn check_programs(etcd: bool) -> Result<(), DemoError> {
-    let path = env::var_os("PATH").unwrap_or_default();
-    let is_there = |program: &str| env::split_paths(&path).any(|dir| dir.join(program).is_file());
-    let missing: Vec<_> = PROGRAMS
-        .into_iter()
-        .chain(etcd.then_some(ETCD_PROGRAM))
-        .filter(|(program, _)| !is_there(program))
-        .collect();
+    let wanted = PROGRAMS.into_iter().chain(etcd.then_some(ETCD_PROGRAM));
+    let missing: Vec<_> = wanted.filter(|(program, _)| !lab::has_program(program)).collect();
     if missing.is_empty() {
         return Ok(());
     }

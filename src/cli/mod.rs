@@ -19,7 +19,8 @@ use std::{
 };
 
 use clap::{
-    Arg, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind, parser::ValueSource,
+    Arg, ArgMatches, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind,
+    parser::ValueSource,
 };
 
 use tracing::warn;
@@ -28,7 +29,7 @@ pub use self::{
     leases::LeasesArgs,
     network::NetworkArgs,
     registry_args::{OpenError, RegistryArgs, Secret},
-    run_args::{RunArgs, Tun, Workers},
+    run_args::{RunArgs, Workers},
 };
 
 use crate::{daemon, observe, registry::Registry};
@@ -122,7 +123,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, cla
     let mut command = command();
     let args = go_flags::rewrite(&command, args);
     let matches = command.try_get_matches_from_mut(args)?;
-    let cli = Cli::from_arg_matches(&matches)?;
+    let mut cli = Cli::from_arg_matches(&matches)?;
 
     if let Some(name) = matches.subcommand_name() {
         let given = |arg: &&Arg| matches.value_source(arg.get_id().as_str()) == Some(ValueSource::CommandLine);
@@ -136,16 +137,35 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, cla
             return Err(command.error(ErrorKind::ArgumentConflict, message));
         }
     }
-    let mut registry = cli.registry;
-    registry
-        .settle(&matches)
-        .map_err(|message| command.error(ErrorKind::ArgumentConflict, message))?;
-    let action = cli.command.unwrap_or_else(|| Action::Run(Box::new(cli.run)));
+    let mut settled = cli.registry.settle(&matches);
+    if cli.command.is_none() {
+        settled = settled.and_then(|()| cli.run.settle(&matches));
+    }
+    settled.map_err(|message| command.error(ErrorKind::ArgumentConflict, message))?;
     Ok(Invocation {
-        registry,
+        registry: cli.registry,
         verbosity: cli.verbosity,
-        action,
+        action: cli.command.unwrap_or_else(|| Action::Run(Box::new(cli.run))),
     })
+}
+
+/// Where a flag's value comes from; the later of two places wins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Place {
+    Default,
+    Environment,
+    CommandLine,
+}
+
+impl Place {
+    /// That of the flag whose field is called `id`.
+    fn of(id: &str, matches: &ArgMatches) -> Self {
+        match matches.value_source(id) {
+            Some(ValueSource::CommandLine) => Place::CommandLine,
+            Some(ValueSource::EnvVariable) => Place::Environment,
+            _ => Place::Default,
+        }
+    }
 }
 
 /// Does what the command line says. Errors go to standard error, in one line.
@@ -211,6 +231,10 @@ mod tests {
     use std::{fs, process, time::Duration};
 
     use super::*;
+    use crate::{
+        backend::udp::{IoMode, Options, TunMode},
+        registry::memory::MemoryRegistry,
+    };
 
     fn invocation(line: &str) -> Result<Invocation, clap::Error> {
         parse(format!("flanneld {line}").split_whitespace().map(OsString::from))
@@ -280,7 +304,12 @@ mod tests {
             ("0.0.0.0", 0)
         );
         assert!(args.iface.is_empty() && args.iface_regex.is_empty() && args.iface_can_reach.is_none());
-        assert_eq!((args.workers, args.tun), (None, Tun::Auto));
+        assert_eq!((args.workers, args.tun), (None, TunMode::Auto));
+        assert_eq!(
+            (args.io, args.pin, args.busy_poll),
+            (IoMode::Auto, false, Duration::ZERO)
+        );
+        assert!(args.offload);
     }
 
     #[test]
@@ -296,10 +325,50 @@ mod tests {
         assert_eq!(args.subnet_lease_renew_margin, Duration::from_secs(1439 * 60));
         assert_eq!(
             (args.healthz_port, args.workers.unwrap().get(), args.tun),
-            (8080, 4, Tun::Plain)
+            (8080, 4, TunMode::Plain)
         );
         assert_eq!(invocation("-v=5").unwrap().verbosity, 5);
         assert_eq!(run("-workers 0").workers, None);
+        let args = run("-io=uring -pin -busy-poll 50");
+        assert_eq!(
+            (args.io, args.pin, args.busy_poll),
+            (IoMode::Uring, true, Duration::from_micros(50))
+        );
+        assert_eq!((run("-io mmsg").io, run("-pin=false").pin), (IoMode::Mmsg, false));
+        assert_eq!(run("-busy-poll=1000000").busy_poll, Duration::from_secs(1));
+    }
+
+    #[test]
+    fn offload_is_turned_off_by_either_of_its_flags() {
+        for (line, offload) in [
+            ("", true),
+            ("-offload", true),
+            ("-offload=false", false),
+            ("-no-offload", false),
+            ("-no-offload=true", false),
+            ("-no-offload=false", true),
+            ("-no-offload=false -offload=false", false),
+            ("-no-offload -offload=false", false),
+            ("-no-offload=false -offload", true),
+        ] {
+            assert_eq!(run(line).offload, offload, "{line}");
+        }
+        assert!(error("-offload=true -no-offload").contains("--offload=true and --no-offload contradict each other"));
+    }
+
+    #[test]
+    fn what_the_daemon_gets_is_what_the_flags_say() {
+        let options = |line| run(line).settings(Arc::new(MemoryRegistry::new())).udp;
+        let Options {
+            workers,
+            offload,
+            tun,
+            io,
+            pin,
+            busy_poll,
+        } = options("-workers 2 -no-offload -tun plain -io mmsg -pin -busy-poll 20");
+        assert_eq!((workers.unwrap().get(), offload, tun), (2, false, TunMode::Plain));
+        assert_eq!((io, pin, busy_poll), (IoMode::Mmsg, true, Duration::from_micros(20)));
     }
 
     #[test]
@@ -391,6 +460,13 @@ mod tests {
             ("-subnet-lease-renew-margin 0", "1 to 1439"),
             ("-workers 65", "0 to 64"),
             ("-tun fast", "auto or plain"),
+            ("-io epoll", "auto, mmsg or uring"),
+            ("-pin=2", "true or false"),
+            ("-busy-poll 1000001", "microseconds from 0 to 1000000"),
+            ("-busy-poll 50us", "without a unit"),
+            ("-busy-poll -1", "microseconds from 0"),
+            ("-no-offload=maybe", "true or false"),
+            ("-pin leases list", "--pin is the daemon's flag"),
             ("-ip-masq=yes", "true or false"),
             ("-iptables-resync 5s", "seconds from 1"),
             ("-iface-regex (", "unclosed group"),
@@ -414,6 +490,8 @@ mod tests {
             ("network set {} --network 10.5.0.0/16", "cannot be used with"),
             ("network set --port 1", "--network"),
             ("network set {} --subnet-len 20", "cannot be used with"),
+            ("network set {} --source-check off", "cannot be used with"),
+            ("network set --network 10.5.0.0/16 --source-ports 65", "1..=64"),
             ("demo --hosts 1", "2..=20"),
             ("demo --down --keep", "--keep"),
         ] {
@@ -467,31 +545,49 @@ mod tests {
         assert!(demo("demo --down").down);
     }
 
+    /// Whether this is a child of the test `name`, which runs it alone in an environment of these variables: the
+    /// environment belongs to the whole process. To others, that the child has succeeded.
+    #[track_caller]
+    fn is_child(name: &str, variables: &[(&str, &str)]) -> bool {
+        const CHILD: &str = "FLANNEL_TEST_CHILD";
+        if env::var_os(CHILD).is_some() {
+            return true;
+        }
+        let child = process::Command::new(env::current_exe().unwrap())
+            .args(["--exact", &format!("cli::tests::{name}")])
+            .env_clear()
+            .env(CHILD, "1")
+            .envs(variables.iter().copied())
+            .output()
+            .unwrap();
+        let output = String::from_utf8_lossy(&child.stdout);
+        assert!(
+            child.status.success() && output.contains("1 passed"),
+            "{variables:?}: {output}"
+        );
+        false
+    }
+
     #[test]
     fn the_environment_is_read() {
-        // In a child of this test, since the environment belongs to the whole process.
-        const CHILD: &str = "FLANNEL_TEST_CHILD";
-        if env::var_os(CHILD).is_none() {
-            let child = process::Command::new(env::current_exe().unwrap())
-                .args(["--exact", "cli::tests::the_environment_is_read"])
-                .env_clear()
-                .envs([
-                    (CHILD, "1"),
-                    ("FLANNELD_IFACE", "eth0,eth1"),
-                    ("FLANNELD_IFACE_REGEX", "^10\\.[0-9]{1,3}\\."),
-                    ("FLANNELD_SUBNET_FILE", "/from/the/environment"),
-                    ("FLANNELD_IP_MASQ", "true"),
-                    ("FLANNELD_IPTABLES_FORWARD_RULES", "0"),
-                    ("FLANNELD_PUBLIC_IP", ""),
-                    ("FLANNELD_ETCD_ENDPOINTS", "http://192.0.2.1:2379,http://192.0.2.2:2379"),
-                    ("FLANNELD_ETCD_USERNAME", "root"),
-                    ("FLANNELD_ETCD_PASSWORD", "s3cret"),
-                    ("FLANNELD_V", "7"),
-                ])
-                .output()
-                .unwrap();
-            let output = String::from_utf8_lossy(&child.stdout);
-            assert!(child.status.success() && output.contains("1 passed"), "{output}");
+        let name = "the_environment_is_read";
+        let variables = [
+            ("FLANNELD_IFACE", "eth0,eth1"),
+            ("FLANNELD_IFACE_REGEX", "^10\\.[0-9]{1,3}\\."),
+            ("FLANNELD_SUBNET_FILE", "/from/the/environment"),
+            ("FLANNELD_IP_MASQ", "true"),
+            ("FLANNELD_IPTABLES_FORWARD_RULES", "0"),
+            ("FLANNELD_PUBLIC_IP", ""),
+            ("FLANNELD_ETCD_ENDPOINTS", "http://192.0.2.1:2379,http://192.0.2.2:2379"),
+            ("FLANNELD_ETCD_USERNAME", "root"),
+            ("FLANNELD_ETCD_PASSWORD", "s3cret"),
+            ("FLANNELD_NO_OFFLOAD", "T"),
+            ("FLANNELD_IO", "uring"),
+            ("FLANNELD_PIN", "1"),
+            ("FLANNELD_BUSY_POLL", "30"),
+            ("FLANNELD_V", "7"),
+        ];
+        if !is_child(name, &variables) {
             return;
         }
         let args = run("-subnet-file /from/the/command/line");
@@ -500,6 +596,12 @@ mod tests {
         assert_eq!(args.subnet_file.to_str(), Some("/from/the/command/line"));
         assert!(args.ip_masq && !args.iptables_forward_rules);
         assert_eq!(args.public_ip, None);
+        assert_eq!(
+            (args.io, args.pin, args.busy_poll),
+            (IoMode::Uring, true, Duration::from_micros(30))
+        );
+        assert!(!run("-pin=false").pin);
+        assert!(!args.offload && run("-offload").offload);
         let Invocation {
             registry, verbosity, ..
         } = invocation("leases list -registry-dir /srv/r").unwrap();
@@ -511,5 +613,21 @@ mod tests {
         assert_eq!(registry.etcd_password.unwrap().expose(), "s3cret");
         assert_eq!(verbosity, 7);
         assert_eq!(invocation("").unwrap().registry.registry_dir, None);
+    }
+
+    #[test]
+    fn an_offload_flag_on_the_command_line_wins_over_either_variable() {
+        let name = "an_offload_flag_on_the_command_line_wins_over_either_variable";
+        if !is_child(name, &[("FLANNELD_OFFLOAD", "true"), ("FLANNELD_NO_OFFLOAD", "true")]) {
+            return;
+        }
+        assert!(error("").contains("FLANNELD_OFFLOAD and FLANNELD_NO_OFFLOAD contradict each other"));
+        assert!(error("-offload -no-offload").contains("--offload=true and --no-offload contradict each other"));
+        assert!(!run("-no-offload").offload);
+        assert!(!run("-offload=false").offload);
+        assert!(run("-offload").offload);
+        assert!(run("-no-offload=false").offload);
+        // Its business is another one.
+        assert!(invocation("leases list").is_ok());
     }
 }

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use clap::{ArgGroup, Args, Subcommand};
+use clap::{ArgGroup, Args, Subcommand, value_parser};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -15,7 +15,7 @@ use super::table::table;
 use crate::{
     backend,
     lease::record::{SUBNETS, Subnets},
-    network::{self, AddressPlan, Block, CONFIG_KEY, ConfigError, LoadError, Network, Parsed},
+    network::{self, AddressPlan, Block, CONFIG_KEY, ConfigError, LoadError, Network, Parsed, SourcePorts},
     registry::{self, Registry},
 };
 
@@ -68,6 +68,17 @@ pub struct SetArgs {
     /// The backend's UDP port
     #[arg(long, value_name = "PORT", conflicts_with_all = ["json", "file"])]
     pub port: Option<u16>,
+    /// Hash flows over this many UDP source ports, 1 to 64 (udp)
+    #[arg(
+        long,
+        value_name = "N",
+        value_parser = value_parser!(u8).range(1..=i64::from(SourcePorts::MAX.get())),
+        conflicts_with_all = ["json", "file"]
+    )]
+    pub source_ports: Option<u8>,
+    /// Which datagrams to let in: strict, peer or off (udp)
+    #[arg(long, value_name = "HOW", conflicts_with_all = ["json", "file"])]
+    pub source_check: Option<String>,
     /// Write it even if hosts have subnets that do not fit it
     #[arg(long)]
     pub force: bool,
@@ -140,6 +151,10 @@ struct SimpleBackend<'a> {
     r#type: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     port: Option<u16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    source_ports: Option<u8>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    source_check: Option<&'a str>,
 }
 
 impl SetArgs {
@@ -154,6 +169,8 @@ impl SetArgs {
                 let backend = SimpleBackend {
                     r#type: self.backend.as_deref().unwrap_or("udp"),
                     port: self.port,
+                    source_ports: self.source_ports,
+                    source_check: self.source_check.as_deref(),
                 };
                 let simple = Simple {
                     network,
@@ -424,8 +441,18 @@ mod tests {
             ..flags
         };
         assert_eq!(
-            text(flags).unwrap(),
+            text(flags.clone()).unwrap(),
             r#"{"Network":"10.5.0.0/16","SubnetLen":20,"SubnetMin":"10.5.16.0","SubnetMax":"10.5.32.0","Backend":{"Type":"vxlan","Port":4789}}"#
+        );
+        let flags = SetArgs {
+            network: flags.network,
+            source_ports: Some(8),
+            source_check: Some("peer".into()),
+            ..SetArgs::default()
+        };
+        assert_eq!(
+            text(flags).unwrap(),
+            r#"{"Network":"10.5.0.0/16","Backend":{"Type":"udp","SourcePorts":8,"SourceCheck":"peer"}}"#
         );
         let missing = SetArgs {
             file: Some("/nowhere/config.json".into()),

@@ -2,8 +2,9 @@
 
 use std::{fmt, path::PathBuf, sync::Arc};
 
-use clap::{ArgMatches, Args, parser::ValueSource};
+use clap::{ArgMatches, Args};
 
+use super::Place;
 use crate::registry::{
     self, Registry,
     etcd::{self, EtcdConfig, EtcdRegistry},
@@ -92,13 +93,9 @@ impl RegistryArgs {
     /// # Errors
     /// For people, on one line.
     pub(super) fn settle(&mut self, matches: &ArgMatches) -> Result<(), String> {
-        let place = |id| match matches.value_source(id) {
-            Some(ValueSource::CommandLine) => 2,
-            Some(ValueSource::EnvVariable) => 1,
-            _ => 0,
-        };
-        let (dir, endpoints) = (place("registry_dir"), place("etcd_endpoints"));
-        if dir > 0 && dir == endpoints {
+        let dir = Place::of("registry_dir", matches);
+        let endpoints = Place::of("etcd_endpoints", matches);
+        if dir > Place::Default && dir == endpoints {
             return Err("--registry-dir and --etcd-endpoints are two places for one registry: give one of them".into());
         }
         if dir < endpoints {

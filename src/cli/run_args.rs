@@ -8,12 +8,15 @@ use std::{
     time::Duration,
 };
 
-use clap::{ArgAction, Args};
+use clap::{ArgAction, ArgMatches, Args};
 use regex::Regex;
 
-use super::go_flags::{BOOL, boolean};
+use super::{
+    Place,
+    go_flags::{BOOL, boolean},
+};
 use crate::{
-    backend::udp::{self, TunMode},
+    backend::udp::{self, IoMode, TunMode},
     daemon::Settings,
     kernel::external::Wish,
     registry::Registry,
@@ -204,6 +207,18 @@ pub struct RunArgs {
     )]
     pub offload: bool,
 
+    /// The same as --offload=false
+    #[arg(
+        long,
+        env = "FLANNELD_NO_OFFLOAD",
+        value_name = BOOL,
+        default_value = "false",
+        value_parser = boolean,
+        action = ArgAction::Set,
+        help_heading = "udp backend"
+    )]
+    pub no_offload: bool,
+
     /// How to open the TUN device: auto, with whatever the kernel can do; plain, one queue through tun-tap
     #[arg(
         long,
@@ -213,7 +228,41 @@ pub struct RunArgs {
         value_parser = tun,
         help_heading = "udp backend"
     )]
-    pub tun: Tun,
+    pub tun: TunMode,
+
+    /// How to move packets: mmsg, with system calls for batches; uring, with io_uring; auto, with what is best here
+    #[arg(
+        long,
+        env = "FLANNELD_IO",
+        value_name = "HOW",
+        default_value = "auto",
+        value_parser = io,
+        help_heading = "udp backend"
+    )]
+    pub io: IoMode,
+
+    /// Keep each worker on a CPU of its own
+    #[arg(
+        long,
+        env = "FLANNELD_PIN",
+        value_name = BOOL,
+        default_value = "false",
+        value_parser = boolean,
+        action = ArgAction::Set,
+        help_heading = "udp backend"
+    )]
+    pub pin: bool,
+
+    /// How long a worker looks for packets before it sleeps: lower latency for a CPU's time; 0: it sleeps at once
+    #[arg(
+        long,
+        env = "FLANNELD_BUSY_POLL",
+        value_name = "MICROSECONDS",
+        default_value = "0",
+        value_parser = microseconds,
+        help_heading = "udp backend"
+    )]
+    pub busy_poll: Duration,
 }
 
 impl RunArgs {
@@ -234,12 +283,33 @@ impl RunArgs {
             udp: udp::Options {
                 workers: self.workers,
                 offload: self.offload,
-                tun: match self.tun {
-                    Tun::Auto => TunMode::Auto,
-                    Tun::Plain => TunMode::Plain,
-                },
+                tun: self.tun,
+                io: self.io,
+                pin: self.pin,
+                busy_poll: self.busy_poll,
             },
         }
+    }
+
+    /// Turns offloads off where `--no-offload` says so. The command line wins over the environment.
+    ///
+    /// # Errors
+    /// For people, on one line: when both flags are given at the same place and contradict each other.
+    pub(super) fn settle(&mut self, matches: &ArgMatches) -> Result<(), String> {
+        if !self.no_offload || !self.offload {
+            return Ok(());
+        }
+        let offload = Place::of("offload", matches);
+        let no_offload = Place::of("no_offload", matches);
+        if offload == no_offload {
+            let flags = match offload {
+                Place::CommandLine => "--offload=true and --no-offload",
+                _ => "FLANNELD_OFFLOAD and FLANNELD_NO_OFFLOAD",
+            };
+            return Err(format!("{flags} contradict each other: give one of them"));
+        }
+        self.offload = offload > no_offload;
+        Ok(())
     }
 
     /// The flags that are given and that this version accepts but does not act on.
@@ -262,20 +332,20 @@ impl RunArgs {
 /// that it sees for a flag that may be left out.)
 pub type Workers = Option<NonZeroUsize>;
 
-/// How the TUN device is opened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Tun {
-    /// With whatever the kernel can do.
-    Auto,
-    /// One queue, one packet at a time.
-    Plain,
+fn tun(text: &str) -> Result<TunMode, String> {
+    match text {
+        "auto" => Ok(TunMode::Auto),
+        "plain" => Ok(TunMode::Plain),
+        _ => Err("write auto or plain".to_owned()),
+    }
 }
 
-fn tun(text: &str) -> Result<Tun, String> {
+fn io(text: &str) -> Result<IoMode, String> {
     match text {
-        "auto" => Ok(Tun::Auto),
-        "plain" => Ok(Tun::Plain),
-        _ => Err("write auto or plain".to_owned()),
+        "auto" => Ok(IoMode::Auto),
+        "mmsg" => Ok(IoMode::Mmsg),
+        "uring" => Ok(IoMode::Uring),
+        _ => Err("write auto, mmsg or uring".to_owned()),
     }
 }
 
@@ -310,6 +380,15 @@ fn seconds(text: &str) -> Result<Duration, String> {
     seconds
         .map(Duration::from_secs)
         .ok_or_else(|| format!("give seconds from 1 to {MOST}, without a unit"))
+}
+
+fn microseconds(text: &str) -> Result<Duration, String> {
+    // A second, thousands of times what a wake-up takes: whoever wants more wants workers that never sleep.
+    const MOST: u64 = 1_000_000;
+    let microseconds = text.parse().ok().filter(|microseconds| *microseconds <= MOST);
+    microseconds
+        .map(Duration::from_micros)
+        .ok_or_else(|| format!("give microseconds from 0 to {MOST}, without a unit"))
 }
 
 fn workers(text: &str) -> Result<Workers, String> {

@@ -1,102 +1,90 @@
-//! From the device to the peers: packets and superpackets are read one behind another into a buffer, cut by position, and
-//! sent as few, long messages.
+//! From the device to the peers: packets and superpackets are read one behind another, cut by position, and sent as few,
+//! long messages.
 
-use std::{
-    io,
-    net::{SocketAddr, UdpSocket},
-    ops::Range,
-    time::{Duration, Instant},
-};
-
-use tracing::warn;
+use std::{io, time::Duration};
 
 use crate::{
     offload::{
-        Headers, SendPlan, VirtioNetHdr,
+        Headers, SendPlan,
         send_plan::{Piece, Run},
         split,
     },
-    route_table::RouteTable,
-    sys::{
-        tun::TunQueue,
-        udp::{self, BATCH, Message, SendBatch},
-    },
+    packet::flow,
+    route_table::Peer,
+    sys::udp::{BATCH, Message},
 };
 
 use super::{
-    counters::{Counters, Drop},
+    context::Context,
+    counters::Drop,
     forward::{self, Verdict},
-    refusal::Refusals,
+    io::{DatagramSink, LocalSink, Packet, PacketSource},
 };
 
 /// Bytes after which a batch is sent: two superpackets, so that the second fills the message that the first one has begun. Half
 /// of it and four times as much were measured to make no difference to TCP.
-const FLUSH_BYTES: usize = 128 << 10;
+pub(super) const FLUSH_BYTES: usize = 128 << 10;
 
 /// Packets after which a batch is sent, if they are small: some 100 µs of work.
-const FLUSH_PACKETS: usize = 128;
-
-/// The longest that one read brings: a virtio header and the longest IP packet.
-const MAX_READ: usize = VirtioNetHdr::LEN + 65_535;
-
-/// Where the first packet of a batch lies: a cache line in, so that there is room for its virtio header.
-const FIRST: usize = 64;
-
-/// What a batch may grow to before it is sent, and a read more.
-const BUFFER_BYTES: usize = FIRST + FLUSH_BYTES + MAX_READ;
+pub(super) const FLUSH_PACKETS: usize = 128;
 
 /// How often a full socket is tried again before a message is dropped, and how long it is waited for each time. 4 ms in all:
 /// the time in which the socket's buffer drains at 8 Gbit/s; longer only moves the loss into the device's queue.
 const SEND_RETRIES: u32 = 4;
 const SEND_WAIT: Duration = Duration::from_millis(1);
 
-/// How long a peer whose route refuses segmented messages gets single ones before it is tried again.
-const SEGMENTING_PAUSE: Duration = Duration::from_secs(60);
+/// Where a datagram goes, and from which port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Lane {
+    peer: Peer,
+    source: u8,
+}
 
 pub(super) struct Egress {
-    buffer: Box<[u8]>,
     headers: Headers,
-    plan: SendPlan,
+    plan: SendPlan<Lane>,
+    /// The runs of one source port, by their place in the plan.
+    chosen: Vec<usize>,
     messages: Vec<Message>,
-    batch: SendBatch,
     /// Whether messages may be segmented at all.
     segmenting: bool,
-    /// Peers whose route refuses it, and until when.
-    refusing: Vec<(SocketAddr, Instant)>,
+    /// Number of source ports that flows are spread over.
+    sources: u8,
 }
 
 impl Egress {
-    pub(super) fn new(segmenting: bool) -> Self {
+    pub(super) fn new(segmenting: bool, sources: u8) -> Self {
         Self {
-            buffer: vec![0; BUFFER_BYTES].into_boxed_slice(),
             headers: Headers::default(),
             plan: SendPlan::default(),
+            chosen: Vec::new(),
             messages: Vec::with_capacity(BATCH),
-            batch: SendBatch::new(),
             segmenting,
-            refusing: Vec::new(),
+            sources,
         }
     }
 
     /// Moves one batch; whether there may be more.
+    ///
+    /// # Errors
+    /// When the device is gone.
     pub(super) fn run(
         &mut self,
-        queue: &TunQueue,
-        socket: &UdpSocket,
-        routes: &RouteTable,
-        refusals: &mut Refusals,
-        counters: &Counters,
+        packets: &mut impl PacketSource,
+        peers: &mut impl DatagramSink,
+        local: &mut impl LocalSink,
+        context: &mut Context<'_>,
     ) -> io::Result<bool> {
         self.plan.clear();
         self.headers.clear();
-        let mut at = FIRST;
+        packets.start();
         let mut more = true;
         for _ in 0..FLUSH_PACKETS {
             if self.plan.bytes() >= FLUSH_BYTES || self.plan.runs().len() >= BATCH {
                 break;
             }
-            let (header, length) = match read(queue, &mut self.buffer, at) {
-                Ok(read) => read,
+            let packet = match packets.next() {
+                Ok(packet) => packet,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     more = false;
                     break;
@@ -107,152 +95,183 @@ impl Egress {
                 }
                 Err(error) => return Err(error),
             };
-            let packet = &mut self.buffer[at..at + length];
-            let Some(header) = header else {
-                counters.drop_one(Drop::Malformed);
-                continue;
-            };
-            match forward::egress(packet, routes) {
-                Verdict::Forward(to) => {
-                    let merge = self.segmenting && !is_refusing(&mut self.refusing, to);
-                    match split::plan(&header, packet, &mut self.headers) {
-                        Ok(segments) if segments.count() == 1 && segments.header_len() == 0 => {
-                            self.plan.push_packet(at, length, to, merge);
-                        }
-                        Ok(segments) => self.plan.push_segments(&segments, at, to, merge),
-                        Err(_) => {
-                            counters.drop_one(Drop::Malformed);
-                            continue;
-                        }
-                    }
-                    at += length;
-                }
-                Verdict::Refuse(error, reason) => {
-                    counters.drop_one(reason);
-                    if refusals.answer_local(packet, error) {
-                        counters.icmp_errors.add(1);
-                    }
-                }
-                Verdict::Drop(reason) => counters.drop_one(reason),
+            if !self.take(packet, packets.arena(), local, context) {
+                packets.forget();
             }
         }
-        self.send(socket, counters);
+        self.send(packets.arena(), peers, context);
         Ok(more)
     }
 
-    /// Sends the planned messages. What the socket does not take in time, or refuses, is dropped and counted.
-    fn send(&mut self, socket: &UdpSocket, counters: &Counters) {
-        let Self {
-            plan,
-            headers,
-            buffer,
-            messages,
-            batch,
-            refusing,
-            ..
-        } = self;
-        let bytes = |pieces: Range<usize>| {
-            plan.pieces()[pieces].iter().map(|piece| match *piece {
-                Piece::Packet { start, len } => &buffer[start..start + len],
-                Piece::Header { superpacket, index } => plan.superpacket(superpacket).0.header(index, headers),
-            })
+    /// Plans what becomes of a packet; whether its bytes are still needed.
+    #[inline]
+    fn take(
+        &mut self,
+        packet: Packet,
+        arena: &mut [u8],
+        local: &mut impl LocalSink,
+        context: &mut Context<'_>,
+    ) -> bool {
+        let start = packet.bytes.start;
+        let bytes = &mut arena[packet.bytes];
+        let Ok(header) = packet.header else {
+            context.counters.drop_one(Drop::Malformed);
+            return false;
         };
-        for runs in plan.runs().chunks(BATCH) {
-            messages.clear();
-            messages.extend(runs.iter().map(message));
-            // A chunk has a first and a last run, and pieces are in the order of the runs.
-            let pieces = runs[0].pieces.start..runs[runs.len() - 1].pieces.end;
-            let mut prepared = batch.prepare(messages, bytes(pieces));
-            let mut retries = SEND_RETRIES;
-            while let Some(run) = runs.get(prepared.done()) {
-                let first = prepared.done();
-                let error = match prepared.send(socket) {
-                    Ok(count) => {
-                        for run in &runs[first..first + count] {
-                            counters.sent_packets.add(run.count as u64);
-                            counters.sent_bytes.add(run.bytes as u64);
-                        }
-                        continue;
-                    }
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                    Err(error) => error,
+        let (peer, hash) = match forward::egress(bytes, context.routes, self.sources > 1) {
+            Verdict::Forward(next) => next,
+            Verdict::Refuse(error, reason) => {
+                context.counters.drop_one(reason);
+                if context.refusals.answer_local(bytes, error, local) {
+                    context.counters.icmp_errors.add(1);
+                }
+                return false;
+            }
+            Verdict::Drop(reason) => {
+                context.counters.drop_one(reason);
+                return false;
+            }
+        };
+        let Ok(segments) = split::plan(&header, bytes, &mut self.headers) else {
+            context.counters.drop_one(Drop::Malformed);
+            return false;
+        };
+        let lane = Lane {
+            peer,
+            source: flow::lane(hash, self.sources),
+        };
+        let merge = self.segmenting && !context.fallbacks.is_refusing(peer.addr);
+        if segments.count() == 1 && segments.header_len() == 0 {
+            self.plan.push_packet(start, bytes.len(), lane, merge);
+        } else {
+            context.counters.superpackets_split.add(1);
+            context.counters.segments.add(segments.count() as u64);
+            self.plan.push_segments(&segments, start, lane, merge);
+        }
+        true
+    }
+
+    /// Sends the planned messages.
+    fn send(&mut self, arena: &[u8], peers: &mut impl DatagramSink, context: &Context<'_>) {
+        for source in 0..self.sources {
+            let runs = self.plan.runs().iter().enumerate();
+            let of_source = runs.filter(|(_, run)| run.lane.source == source);
+            self.chosen.clear();
+            self.chosen.extend(of_source.map(|(index, _)| index));
+            for chosen in self.chosen.chunks(BATCH) {
+                let runs = Runs {
+                    plan: &self.plan,
+                    headers: &self.headers,
+                    arena,
+                    chosen,
                 };
-                let full = is_full(&error);
-                if full && retries > 0 {
-                    retries -= 1;
-                    udp::wait_writable(socket, SEND_WAIT);
-                    continue;
-                }
-                prepared.skip();
-                if run.count > 1 && refuses_segments(&error) {
-                    if !is_refusing(refusing, run.to) {
-                        warn!(
-                            "the way to {} refuses segmented messages ({error}): sending single datagrams for now",
-                            run.to
-                        );
-                        refusing.push((run.to, Instant::now() + SEGMENTING_PAUSE));
-                    }
-                    send_singly(run, bytes(run.pieces.clone()), socket, counters);
-                } else {
-                    count_unsent(run.count, full, counters);
-                }
+                runs.send(source, &mut self.messages, peers, context);
             }
         }
     }
 }
 
-/// Reads the next packet to `at`, where it ends the buffer's contents so far; its virtio header (`None`: malformed) and its
-/// length.
-///
-/// The header comes in front of the packet, where the last one ends. That one's bytes are put back, so that packets lie
-/// without a gap.
-#[inline]
-fn read(queue: &TunQueue, buffer: &mut [u8], at: usize) -> io::Result<(Option<VirtioNetHdr>, usize)> {
-    if !queue.has_headers() {
-        let length = queue.recv(&mut buffer[at..at + MAX_READ - VirtioNetHdr::LEN])?;
-        return Ok((Some(VirtioNetHdr::default()), length));
-    }
-    let from = at - VirtioNetHdr::LEN;
-    let space = &mut buffer[from..from + MAX_READ];
-    let mut saved = [0; VirtioNetHdr::LEN];
-    saved.copy_from_slice(&space[..VirtioNetHdr::LEN]);
-    let read = queue.recv(space);
-    let header = VirtioNetHdr::parse(space);
-    space[..VirtioNetHdr::LEN].copy_from_slice(&saved);
-    Ok((header.ok(), read?.saturating_sub(VirtioNetHdr::LEN)))
+/// Some of a plan's runs and the bytes of all, for one call.
+struct Runs<'a> {
+    plan: &'a SendPlan<Lane>,
+    headers: &'a Headers,
+    arena: &'a [u8],
+    chosen: &'a [usize],
 }
 
-fn is_refusing(refusing: &mut Vec<(SocketAddr, Instant)>, peer: SocketAddr) -> bool {
-    if refusing.is_empty() {
-        return false;
+impl<'a> Runs<'a> {
+    fn run(&self, index: usize) -> &'a Run<Lane> {
+        &self.plan.runs()[self.chosen[index]]
     }
-    let now = Instant::now();
-    refusing.retain(|(_, until)| now < *until);
-    refusing.iter().any(|(refused, _)| *refused == peer)
+
+    fn bytes(&self, run: &'a Run<Lane>) -> impl Iterator<Item = &'a [u8]> + Clone + use<'a> {
+        let (plan, headers, arena) = (self.plan, self.headers, self.arena);
+        plan.pieces(run).map(move |piece| match piece {
+            Piece::Packet { start, len } => &arena[start..start + len],
+            Piece::Header { superpacket, index } => plan.superpacket(superpacket).0.header(index, headers),
+        })
+    }
+
+    /// Sends all of them. What the socket does not take in time, or refuses, is dropped and counted.
+    fn send(&self, source: u8, messages: &mut Vec<Message>, peers: &mut impl DatagramSink, context: &Context<'_>) {
+        messages.clear();
+        messages.extend((0..self.chosen.len()).map(|index| message(self.run(index))));
+        let mut done = 0;
+        while done < messages.len() {
+            let rest = (done..messages.len()).flat_map(|index| self.bytes(self.run(index)));
+            match send_patiently(source, &messages[done..], rest, peers) {
+                Ok(count) => {
+                    for index in done..done + count {
+                        let run = self.run(index);
+                        count_sent(run.lane, run.count, run.bytes, context);
+                    }
+                    done += count;
+                }
+                Err(error) => {
+                    let run = self.run(done);
+                    done += 1;
+                    if run.count > 1 && refuses_segments(&error) {
+                        context.fallbacks.route_refuses(run.lane.peer.addr, &error);
+                        self.send_singly(run, peers, context);
+                    } else {
+                        context.counters.drop_unsent(run.count, &error);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Sends the datagrams of a run one by one. Only where a route refuses them together.
+    fn send_singly(&self, run: &'a Run<Lane>, peers: &mut impl DatagramSink, context: &Context<'_>) {
+        let bytes: Vec<u8> = self.bytes(run).flatten().copied().collect();
+        for datagram in bytes.chunks(run.segment) {
+            let message = Message {
+                to: run.lane.peer.addr,
+                slices: 1,
+                segment: None,
+            };
+            match send_patiently(run.lane.source, &[message], std::iter::once(datagram), peers) {
+                Ok(_) => count_sent(run.lane, 1, datagram.len(), context),
+                Err(error) => context.counters.drop_unsent(1, &error),
+            }
+        }
+    }
+}
+
+/// Sends what of `messages` the socket takes, and waits a little for it while it is full.
+fn send_patiently<'a>(
+    source: u8,
+    messages: &[Message],
+    slices: impl Iterator<Item = &'a [u8]> + Clone,
+    peers: &mut impl DatagramSink,
+) -> io::Result<usize> {
+    let mut retries = SEND_RETRIES;
+    loop {
+        match peers.send(source, messages, slices.clone()) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if is_full(&error) && retries > 0 => {
+                retries -= 1;
+                peers.wait_writable(source, SEND_WAIT);
+            }
+            result => return result,
+        }
+    }
+}
+
+fn count_sent(lane: Lane, packets: usize, bytes: usize, context: &Context<'_>) {
+    context.counters.messages_sent.add(1);
+    context.counters.sent.add(packets, bytes);
+    context.counters.peer(lane.peer.id).sent.add(packets, bytes);
 }
 
 #[inline]
-fn message(run: &Run) -> Message {
+fn message(run: &Run<Lane>) -> Message {
     // At most 65,507 bytes in all where there are several.
     let segment = (run.count > 1).then_some(run.segment as u16);
     Message {
-        to: run.to,
-        slices: run.pieces.len(),
+        to: run.lane.peer.addr,
+        slices: run.pieces,
         segment,
-    }
-}
-
-/// Sends the datagrams of a run one by one. Only where a route refuses them together.
-fn send_singly<'a>(run: &Run, slices: impl Iterator<Item = &'a [u8]>, socket: &UdpSocket, counters: &Counters) {
-    let bytes: Vec<u8> = slices.flatten().copied().collect();
-    for datagram in bytes.chunks(run.segment) {
-        match socket.send_to(datagram, run.to) {
-            Ok(_) => {
-                counters.sent_packets.add(1);
-                counters.sent_bytes.add(datagram.len() as u64);
-            }
-            Err(error) => count_unsent(1, is_full(&error), counters),
-        }
     }
 }
 
@@ -268,51 +287,4 @@ fn refuses_segments(error: &io::Error) -> bool {
         error.raw_os_error(),
         Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE | libc::EOPNOTSUPP)
     )
-}
-
-fn count_unsent(datagrams: usize, full: bool, counters: &Counters) {
-    let reason = if full { Drop::QueueFull } else { Drop::SendFailed };
-    for _ in 0..datagrams {
-        counters.drop_one(reason);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::{fs::File, net::Ipv4Addr};
-
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
-
-    use super::*;
-    use crate::{engine::IcmpSource, packet::build};
-
-    #[test]
-    fn packets_that_go_nowhere_make_a_batch_too() {
-        // Keeps packets apart and their order, as a TUN queue does.
-        let (device, kernel) = socketpair(
-            AddressFamily::Unix,
-            SockType::SeqPacket,
-            None,
-            SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC,
-        )
-        .unwrap();
-        let queue = TunQueue::from(File::from(device));
-        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let source = IcmpSource {
-            v4: Ipv4Addr::LOCALHOST,
-            v6: None,
-        };
-        let (counters, mut refusals) = (Counters::default(), Refusals::new(source, 1).unwrap());
-        let (mut egress, routes) = (Egress::new(true), RouteTable::default());
-        let mut run = || egress.run(&queue, &socket, &routes, &mut refusals, &counters).unwrap();
-
-        let lost = build::Ipv4::new([10, 5, 1, 2].into(), [10, 5, 9, 9].into()).udp(1, 2, b"anyone?");
-        for _ in 0..FLUSH_PACKETS + 1 {
-            nix::unistd::write(&kernel, &lost).unwrap();
-        }
-        assert!(run(), "there is one left");
-        assert_eq!(counters.dropped(Drop::NoRoute), FLUSH_PACKETS as u64);
-        assert!(!run());
-        assert_eq!(counters.dropped(Drop::NoRoute), FLUSH_PACKETS as u64 + 1);
-    }
 }

@@ -2,14 +2,14 @@
 //!
 //! Each direction takes one from the time to live, as two hops of a route would, and as the original does.
 
-use std::net::SocketAddr;
+use std::net::IpAddr;
 
 use crate::{
-    packet::{Hop, IcmpError, IpPacket, IpVersion, Ipv4Packet, Ipv6Packet, Malformed},
-    route_table::RouteTable,
+    packet::{Hop, IcmpError, IpPacket, IpVersion, Ipv4Packet, Ipv6Packet, Malformed, flow},
+    route_table::{Peer, PeerId, RouteTable},
 };
 
-use super::counters::Drop;
+use super::{admission::Admission, counters::Drop};
 
 /// What becomes of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,23 +22,35 @@ pub enum Verdict<Next> {
     Drop(Drop),
 }
 
-/// A packet that came out of the TUN device: to which peer?
-pub fn egress(packet: &mut [u8], routes: &RouteTable) -> Verdict<SocketAddr> {
+/// A packet that came out of the TUN device: to which peer, and with which hash of its flow (0 unless `hashed`)?
+#[inline]
+pub fn egress(packet: &mut [u8], routes: &RouteTable, hashed: bool) -> Verdict<(Peer, u32)> {
     let Ok(view) = IpPacket::parse(packet) else {
         return Verdict::Drop(Drop::Malformed);
     };
     match routes.lookup(view.dst()) {
         None => Verdict::Refuse(IcmpError::NetUnreachable, Drop::NoRoute),
-        Some(peer) => age(packet, peer.addr),
+        Some(peer) => {
+            let hash = if hashed { flow::hash(&view) } else { 0 };
+            age(packet, (peer, hash))
+        }
     }
 }
 
-/// A packet that came from a peer: fit for the TUN device?
-pub fn ingress(packet: &mut [u8]) -> Verdict<()> {
-    age(packet, ())
+/// A packet that came in a datagram from the address `from`: fit for the TUN device? Under which peer's number it counts.
+#[inline]
+pub fn ingress(packet: &mut [u8], from: IpAddr, routes: &RouteTable, admission: &Admission) -> Verdict<PeerId> {
+    let Ok(view) = IpPacket::parse(packet) else {
+        return Verdict::Drop(Drop::Malformed);
+    };
+    match admission.admit(&view, from, routes) {
+        Ok(id) => age(packet, id),
+        Err(reason) => Verdict::Drop(reason),
+    }
 }
 
 /// Takes one from the time to live.
+#[inline]
 fn age<Next>(packet: &mut [u8], next: Next) -> Verdict<Next> {
     match take_hop(packet) {
         Ok(Hop::Forward) => Verdict::Forward(next),
@@ -56,11 +68,16 @@ fn take_hop(packet: &mut [u8]) -> Result<Hop, Malformed> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::{Ipv4Addr, SocketAddr};
+
     use super::*;
-    use crate::{packet::build, route_table::Peer};
+    use crate::{engine::admission::SourceCheck, packet::build};
+
+    const HOST: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 2));
 
     const PEER: Peer = Peer {
-        addr: SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 2)), 8285),
+        addr: SocketAddr::new(HOST, 8285),
+        id: PeerId::OTHERS,
     };
 
     fn routes() -> RouteTable {
@@ -82,6 +99,10 @@ mod tests {
         ]
     }
 
+    fn from_peer(packet: &mut [u8]) -> Verdict<PeerId> {
+        ingress(packet, HOST, &routes(), &Admission::new(SourceCheck::Off, []))
+    }
+
     fn to_peer(hops: u8) -> [Vec<u8>; 2] {
         packets("10.5.2.9", "fd00:2::9", hops)
     }
@@ -89,7 +110,7 @@ mod tests {
     #[test]
     fn a_packet_for_a_peer_goes_to_it_one_hop_older() {
         for (mut packet, older) in to_peer(9).into_iter().zip(to_peer(8)) {
-            assert_eq!(egress(&mut packet, &routes()), Verdict::Forward(PEER.addr));
+            assert_eq!(egress(&mut packet, &routes(), false), Verdict::Forward((PEER, 0)));
             assert_eq!(packet, older);
         }
     }
@@ -97,7 +118,7 @@ mod tests {
     #[test]
     fn a_packet_from_a_peer_is_delivered_one_hop_older() {
         for (mut packet, older) in to_peer(2).into_iter().zip(to_peer(1)) {
-            assert_eq!(ingress(&mut packet), Verdict::Forward(()));
+            assert_eq!(from_peer(&mut packet), Verdict::Forward(PEER.id));
             assert_eq!(packet, older);
         }
     }
@@ -107,7 +128,7 @@ mod tests {
         for mut packet in packets("10.5.3.9", "fd00:3::9", 1) {
             let before = packet.clone();
             assert_eq!(
-                egress(&mut packet, &routes()),
+                egress(&mut packet, &routes(), false),
                 Verdict::Refuse(IcmpError::NetUnreachable, Drop::NoRoute)
             );
             assert_eq!(packet, before);
@@ -118,11 +139,11 @@ mod tests {
     fn the_end_of_the_time_to_live_is_told_in_both_directions() {
         for mut packet in to_peer(1) {
             assert_eq!(
-                egress(&mut packet, &routes()),
+                egress(&mut packet, &routes(), false),
                 Verdict::Refuse(IcmpError::TimeExceeded, Drop::TtlExpired)
             );
             assert_eq!(
-                ingress(&mut packet),
+                from_peer(&mut packet),
                 Verdict::Refuse(IcmpError::TimeExceeded, Drop::TtlExpired)
             );
         }
@@ -132,8 +153,11 @@ mod tests {
     fn what_is_no_packet_is_dropped() {
         let [v4, v6] = to_peer(9);
         for broken in [&[][..], &[0x45], &v4[..19], &v4[..100], &[0x75; 40], &v6[..39]] {
-            assert_eq!(egress(&mut broken.to_vec(), &routes()), Verdict::Drop(Drop::Malformed));
-            assert_eq!(ingress(&mut broken.to_vec()), Verdict::Drop(Drop::Malformed));
+            assert_eq!(
+                egress(&mut broken.to_vec(), &routes(), false),
+                Verdict::Drop(Drop::Malformed)
+            );
+            assert_eq!(from_peer(&mut broken.to_vec()), Verdict::Drop(Drop::Malformed));
         }
     }
 }

@@ -1,51 +1,43 @@
 //! From the peers to the device: datagrams, several in a message where the kernel has merged them, become as few writes as
 //! the flows in them allow.
 
-use std::{
-    io::{self, IoSlice},
-    net::UdpSocket,
-};
-
-use tracing::warn;
+use std::{cell::Cell, io, ops::Range};
 
 use crate::{
-    offload::{
-        Coalescer, GsoKind, Merge, VirtioNetHdr,
-        coalesce::{MAX_MERGED, Write},
-    },
-    route_table::RouteTable,
-    sys::{
-        tun::TunQueue,
-        udp::{BATCH, RecvBatch},
-    },
+    offload::{Coalescer, Merge, VirtioNetHdr, Write},
+    route_table::PeerId,
+    sys::udp::{BATCH, Received},
 };
 
 use super::{
+    admission::Admission,
+    context::Context,
     counters::{Counters, Drop},
     forward::{self, Verdict},
-    refusal::Refusals,
+    io::{DatagramSink, DatagramSource, InParts, PacketSink},
 };
 
 /// Bytes that a batch should bring: what stays in the processor's second cache between receiving and writing.
-const BATCH_BYTES: usize = 256 << 10;
+pub(super) const BATCH_BYTES: usize = 256 << 10;
 
 /// The virtio header of a packet as it stands.
-const PLAIN: [u8; VirtioNetHdr::LEN] = [0; VirtioNetHdr::LEN];
+const PLAIN: &[u8] = &[0; VirtioNetHdr::LEN];
 
 pub(super) struct Ingress {
-    received: RecvBatch,
     coalescer: Coalescer,
+    /// What the device takes.
     merge: Merge,
+    admission: Admission,
     /// How many messages to ask for next.
     most: usize,
 }
 
 impl Ingress {
-    pub(super) fn new(merge: Merge) -> Self {
+    pub(super) fn new(merge: Merge, admission: Admission) -> Self {
         Self {
-            received: RecvBatch::new(),
             coalescer: Coalescer::new(merge),
             merge,
+            admission,
             most: BATCH,
         }
     }
@@ -53,109 +45,160 @@ impl Ingress {
     /// Moves one batch; whether there may be more.
     pub(super) fn run(
         &mut self,
-        queue: &TunQueue,
-        socket: &UdpSocket,
-        routes: &RouteTable,
-        refusals: &mut Refusals,
-        counters: &Counters,
+        datagrams: &mut impl DatagramSource,
+        device: &mut impl PacketSink,
+        peers: &mut impl DatagramSink,
+        context: &mut Context<'_>,
     ) -> bool {
         let asked = self.most;
-        let count = match self.received.recv(socket, asked) {
+        let count = match datagrams.recv(asked) {
             Ok(count) => count,
             // Other errors are about earlier datagrams (an ICMP answer, say); the next call is clean.
             Err(error) => return error.kind() != io::ErrorKind::WouldBlock,
         };
         self.coalescer.clear();
+        self.coalescer.set_merge(context.fallbacks.limit(self.merge));
+        let mut tally = Tally::default();
         let mut bytes = 0;
         for index in 0..count {
-            let (message, segment) = self.received.message(index);
-            bytes += message.len();
-            let arena = self.received.arena();
-            let mut start = message.start;
-            // An empty datagram is a message of none.
-            while start < message.end {
-                let end = (start + segment).min(message.end);
-                let packet = &mut arena[start..end];
-                match forward::ingress(packet) {
-                    Verdict::Forward(()) => self.coalescer.push(arena, start..end),
-                    Verdict::Refuse(error, reason) => {
-                        counters.drop_one(reason);
-                        if refusals.answer_remote(packet, error, routes, socket) {
-                            counters.icmp_errors.add(1);
-                        }
-                    }
-                    Verdict::Drop(reason) => counters.drop_one(reason),
-                }
-                start = end;
-            }
+            let message = datagrams.message(index);
+            bytes += message.bytes.len();
+            self.take(message, datagrams.arena(), peers, &mut tally, context);
         }
-        let mut merge = self.merge;
-        for write in self.coalescer.writes(self.received.arena()) {
-            deliver(&write, queue, &mut merge, counters);
-        }
-        if merge != self.merge {
-            self.merge = merge;
-            self.coalescer.set_merge(merge);
-        }
+        tally.flush(context.counters);
+        context.counters.messages_received.add(count as u64);
+        deliver(self.coalescer.writes(datagrams.arena()), device, context);
         self.most = (BATCH_BYTES / (bytes / count.max(1)).max(1)).clamp(4, BATCH);
-        // Fewer than asked for: the socket was empty then. It may have filled since, which is an edge of its own.
+        // Fewer than asked for: the source was empty then. It may have filled since, which is told anew.
         count == asked
     }
-}
 
-/// Hands one write to the device. A merged one that the kernel refuses goes packet by packet, and its kind is merged no more.
-fn deliver(write: &Write<'_>, queue: &TunQueue, merge: &mut Merge, counters: &Counters) {
-    let sent = if !queue.has_headers() {
-        // Nothing is merged for such a device.
-        write.packets().try_for_each(|packet| queue.send(packet))
-    } else if write.count() == 1 {
-        // Spared the long list of parts.
-        write.packets().try_for_each(|packet| send_plain(queue, packet))
-    } else {
-        let mut parts = [IoSlice::new(&[]); 1 + MAX_MERGED];
-        let mut count = 0;
-        for (slot, part) in parts.iter_mut().zip(write.parts()) {
-            *slot = IoSlice::new(part);
-            count += 1;
-        }
-        queue.send_parts(&parts[..count])
-    };
-    match sent {
-        Ok(()) => {
-            counters.received_packets.add(write.count() as u64);
-            let bytes: usize = write.packets().map(<[u8]>::len).sum();
-            counters.received_bytes.add(bytes as u64);
-        }
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) && write.count() > 1 => {
-            let (allowed, protocol) = match write.kind() {
-                GsoKind::UdpL4 => (&mut merge.udp, "UDP"),
-                _ => (&mut merge.tcp, "TCP"),
-            };
-            if std::mem::replace(allowed, false) {
-                warn!("the TUN device refuses superpackets of {protocol} ({error}): writing packet by packet");
-            }
-            for packet in write.packets() {
-                match send_plain(queue, packet) {
-                    Ok(()) => {
-                        counters.received_packets.add(1);
-                        counters.received_bytes.add(packet.len() as u64);
-                    }
-                    Err(error) => count_undelivered(1, &error, counters),
+    /// Takes the packets of a message, each of which is let in, answered or dropped.
+    #[inline]
+    fn take(
+        &mut self,
+        message: Received,
+        arena: &mut [u8],
+        peers: &mut impl DatagramSink,
+        tally: &mut Tally,
+        context: &mut Context<'_>,
+    ) {
+        let Range { mut start, end } = message.bytes;
+        // An empty datagram is a message of none.
+        while start < end {
+            let packet = start..(start + message.segment).min(end);
+            start = packet.end;
+            let bytes = &mut arena[packet.clone()];
+            match forward::ingress(bytes, message.from, context.routes, &self.admission) {
+                Verdict::Forward(id) => {
+                    tally.add(id, bytes.len(), context.counters);
+                    self.coalescer.push(arena, packet);
                 }
+                Verdict::Refuse(error, reason) => {
+                    context.counters.drop_one(reason);
+                    if context.refusals.answer_remote(bytes, error, context.routes, peers) {
+                        context.counters.icmp_errors.add(1);
+                    }
+                }
+                Verdict::Drop(reason) => context.counters.drop_one(reason),
             }
         }
-        Err(error) => count_undelivered(write.count(), &error, counters),
     }
 }
 
-/// Hands a packet as it stands to a device with virtio headers.
-fn send_plain(queue: &TunQueue, packet: &[u8]) -> io::Result<()> {
-    queue.send_parts(&[IoSlice::new(&PLAIN), IoSlice::new(packet)])
+/// What one peer after the other has sent: most batches are all one peer's.
+#[derive(Default)]
+struct Tally {
+    id: PeerId,
+    packets: usize,
+    bytes: usize,
+}
+
+impl Tally {
+    #[inline]
+    fn add(&mut self, id: PeerId, bytes: usize, counters: &Counters) {
+        if id != self.id {
+            self.flush(counters);
+            self.id = id;
+        }
+        self.packets += 1;
+        self.bytes += bytes;
+    }
+
+    fn flush(&mut self, counters: &Counters) {
+        if self.packets > 0 {
+            counters.peer(self.id).received.add(self.packets, self.bytes);
+            (self.packets, self.bytes) = (0, 0);
+        }
+    }
+}
+
+/// A write for a device with or without virtio headers.
+struct Prepared<'a> {
+    write: Write<'a>,
+    headers: bool,
+}
+
+impl<'a> InParts<'a> for Prepared<'a> {
+    fn parts(&self) -> impl Iterator<Item = &'a [u8]> + Clone {
+        self.write.parts().skip(usize::from(!self.headers))
+    }
+}
+
+/// A packet as it stands, for a device with virtio headers.
+struct Plain<'a>(&'a [u8]);
+
+impl<'a> InParts<'a> for Plain<'a> {
+    fn parts(&self) -> impl Iterator<Item = &'a [u8]> + Clone {
+        [PLAIN, self.0].into_iter()
+    }
+}
+
+/// Hands the writes to the device. A merged one that the kernel refuses goes packet by packet, before those behind it, and its
+/// kind is merged no more.
+fn deliver<'a>(mut writes: impl Iterator<Item = Write<'a>>, device: &mut impl PacketSink, context: &Context<'_>) {
+    let Context {
+        counters, fallbacks, ..
+    } = context;
+    let headers = device.has_headers();
+    // Allocates only after a refusal, which comes once for each kind.
+    let mut refused: Vec<Write<'_>> = Vec::new();
+    loop {
+        let going = Cell::new(true);
+        // What is behind a refused write may be of its flow.
+        let next = std::iter::from_fn(|| if going.get() { writes.next() } else { None });
+        device.write(
+            next.map(|write| Prepared { write, headers }),
+            |Prepared { write, .. }, result| match result {
+                Ok(()) => {
+                    counters.received.add(write.count(), write.packets_len());
+                    if write.count() > 1 {
+                        counters.superpackets_merged.add(1);
+                        counters.merges.add(write.count() as u64);
+                    }
+                }
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) && write.count() > 1 => {
+                    fallbacks.device_refuses(write.kind(), &error);
+                    going.set(false);
+                    refused.push(write);
+                }
+                Err(error) => count_undelivered(write.count(), &error, counters),
+            },
+        );
+        if refused.is_empty() {
+            return;
+        }
+        for write in refused.drain(..) {
+            device.write(write.packets().map(Plain), |Plain(packet), result| match result {
+                Ok(()) => counters.received.add(1, packet.len()),
+                Err(error) => count_undelivered(1, &error, counters),
+            });
+        }
+    }
 }
 
 fn count_undelivered(packets: usize, error: &io::Error, counters: &Counters) {
     let full = error.kind() == io::ErrorKind::WouldBlock;
-    for _ in 0..packets {
-        counters.drop_one(if full { Drop::QueueFull } else { Drop::DeliverFailed });
-    }
+    let reason = if full { Drop::QueueFull } else { Drop::DeliverFailed };
+    counters.drop_several(reason, packets);
 }

@@ -5,41 +5,67 @@
 //! [`Counters`]. It knows nothing of the registry, takes no lock, and neither allocates nor logs per packet; what the kernel
 //! refuses while it runs is said once.
 
+pub mod admission;
+mod context;
 pub mod counters;
 mod egress;
+pub mod fallbacks;
 pub mod forward;
 mod ingress;
+pub mod io;
+pub mod peers;
 mod rate_limit;
 mod refusal;
-mod worker;
+pub mod snapshot;
+pub mod worker;
 
 use std::{
-    fmt, io,
+    fmt,
+    io::Result,
     net::{Ipv4Addr, Ipv6Addr, UdpSocket},
     sync::Arc,
     thread::{self, JoinHandle},
+    time::Duration,
 };
 
-use crossbeam_channel::Sender;
-use mio::Waker;
+use crossbeam_channel::{Receiver, Sender};
+use nix::{
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+    unistd::Pid,
+};
 
-use crate::{route_table::Routes, sys::tun::TunQueue};
+use crate::{
+    route_table::Routes,
+    sys::{tun::TunQueue, udp},
+};
+use admission::Admission;
 use counters::Counters;
-use worker::Worker;
+use fallbacks::Fallbacks;
+use io::{Bell, Io, Way, mmsg::Mmsg, uring::Uring};
+use snapshot::{Snapshot, WorkerSnapshot};
+use worker::{Setup, Worker};
 
 /// What an engine is made of.
 #[derive(Debug)]
 pub struct Parts {
     /// One for each worker.
     pub queues: Vec<TunQueue>,
-    /// As many as `queues`, all on the tunnel's port.
-    pub sockets: Vec<UdpSocket>,
+    /// For each worker its sockets: the tunnel's own, on the tunnel's port, and behind it one for each source port more.
+    pub sockets: Vec<Vec<UdpSocket>>,
     /// Where packets go; published to from outside while the engine runs.
     pub routes: Routes,
+    /// Whose packets get in.
+    pub admission: Admission,
     /// Where the engine's own ICMP errors come from.
     pub icmp_source: IcmpSource,
     /// What the kernel does for the engine.
     pub offloads: Offloads,
+    /// How packets are moved.
+    pub way: Way,
+    /// Whether each worker keeps to a processor of its own.
+    pub pin: bool,
+    /// How long a worker looks for packets before it sleeps.
+    pub busy_poll: Duration,
 }
 
 /// What the kernel does for the engine, as it was probed and as the user allows.
@@ -93,12 +119,16 @@ enum Command {
 /// A running engine. Dropping it stops it.
 pub struct Engine {
     workers: Vec<Handle>,
+    offloads: Offloads,
+    fallbacks: Arc<Fallbacks>,
 }
 
 struct Handle {
     commands: Sender<Command>,
-    waker: Arc<Waker>,
+    bell: Bell,
     counters: Arc<Counters>,
+    /// The worker's own, to ask it what it has dropped.
+    socket: UdpSocket,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -107,72 +137,134 @@ impl Engine {
     /// cannot go on.
     ///
     /// # Errors
-    /// When the system gives no thread, poller or raw socket.
-    pub fn start(parts: Parts, on_failure: impl Fn(String) + Send + Clone + 'static) -> io::Result<Self> {
+    /// When the system gives no thread, processor, poller, ring or raw socket.
+    pub fn start(parts: Parts, on_failure: impl Fn(String) + Send + Clone + 'static) -> Result<Self> {
         let count = parts.queues.len();
-        debug_assert_eq!(count, parts.sockets.len(), "a socket for each queue");
+        debug_assert_eq!(count, parts.sockets.len(), "sockets for each queue");
+        let processors = if parts.pin { processors()? } else { Vec::new() };
         let mut engine = Self {
             workers: Vec::with_capacity(count),
+            offloads: parts.offloads,
+            fallbacks: Arc::default(),
         };
-        for (index, (queue, socket)) in parts.queues.into_iter().zip(parts.sockets).enumerate() {
-            let (commands, inbox) = crossbeam_channel::unbounded();
+        for (index, (queue, sockets)) in parts.queues.into_iter().zip(parts.sockets).enumerate() {
             let counters = Arc::new(Counters::default());
-            let (mut worker, waker) = Worker::new(worker::Parts {
-                queue,
-                socket,
-                routes: &parts.routes,
+            let setup = Setup {
+                routes: parts.routes.clone(),
+                admission: parts.admission,
                 icmp_source: parts.icmp_source,
                 offloads: parts.offloads,
-                inbox,
-                counters: Arc::clone(&counters),
+                // At most 64, by the configuration.
+                sources: sockets.len() as u8,
+                busy_poll: parts.busy_poll,
                 sharers: count,
-            })?;
-            let on_failure = on_failure.clone();
-            let thread = thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
-                let panicked = PanicReport {
-                    on_failure: &on_failure,
-                    index,
-                };
-                let outcome = worker.run();
-                std::mem::forget(panicked);
-                if let Err(reason) = outcome {
-                    on_failure(format!("worker {index} cannot go on: {reason}"));
-                }
-            })?;
+                counters: Arc::clone(&counters),
+                fallbacks: Arc::clone(&engine.fallbacks),
+            };
+            let socket = sockets.first().ok_or(std::io::ErrorKind::InvalidInput)?.try_clone()?;
+            let (commands, inbox) = crossbeam_channel::unbounded();
+            let (started, outcome) = crossbeam_channel::bounded(1);
+            let start = Start {
+                index,
+                queue,
+                sockets,
+                setup,
+                // More workers than processors take turns on them.
+                processor: processors.get(index % processors.len().max(1)).copied(),
+                inbox,
+                started,
+            };
+            let (way, on_failure) = (parts.way, on_failure.clone());
+            let thread = thread::Builder::new()
+                .name(format!("worker-{index}"))
+                .spawn(move || match way {
+                    Way::Mmsg => work(start, Mmsg::new, &on_failure),
+                    Way::Uring => work(start, Uring::new, &on_failure),
+                })?;
+            // A worker that is gone without a word has panicked, which it has reported.
+            let bell = outcome.recv().unwrap_or(Err(std::io::ErrorKind::Other.into()))?;
             engine.workers.push(Handle {
                 commands,
-                waker,
+                bell,
                 counters,
+                socket,
                 thread: Some(thread),
             });
         }
         Ok(engine)
     }
 
-    /// What all workers together have carried and dropped, for the log.
-    pub fn summary(&self) -> String {
-        let sum = |count: &dyn Fn(&Counters) -> u64| self.counters().map(count).sum::<u64>();
-        let drops: String = counters::Drop::ALL
-            .into_iter()
-            .map(|reason| (reason.name(), sum(&|counters| counters.dropped(reason))))
-            .filter(|(_, count)| *count > 0)
-            .map(|(name, count)| format!(", {name} {count}"))
-            .collect();
-        format!(
-            "sent {} packets ({} bytes), received {} ({} bytes), ICMP errors {}; dropped{}",
-            sum(&|counters| counters.sent_packets.get()),
-            sum(&|counters| counters.sent_bytes.get()),
-            sum(&|counters| counters.received_packets.get()),
-            sum(&|counters| counters.received_bytes.get()),
-            sum(&|counters| counters.icmp_errors.get()),
-            drops.strip_prefix(',').unwrap_or(" none"),
-        )
+    /// What the engine has done so far. No worker waits for it.
+    pub fn snapshot(&self) -> Snapshot {
+        let workers = self.workers.iter().map(|worker| {
+            // A kernel that does not tell counts nothing.
+            let overflow = udp::dropped(&worker.socket).unwrap_or_default();
+            WorkerSnapshot::of(&worker.counters, overflow.into())
+        });
+        let merge = self.fallbacks.limit(crate::offload::Merge {
+            tcp: self.offloads.tun_tcp,
+            udp: self.offloads.tun_udp,
+        });
+        Snapshot {
+            workers: workers.collect(),
+            peers: snapshot::peers(self.workers.iter().map(|worker| &*worker.counters)),
+            offloads: Offloads {
+                tun_tcp: merge.tcp,
+                tun_udp: merge.udp,
+                ..self.offloads
+            },
+            refusing_peers: self.fallbacks.refusing_peers(),
+        }
     }
+}
 
-    /// The counters of each worker.
-    pub fn counters(&self) -> impl Iterator<Item = &Counters> {
-        self.workers.iter().map(|worker| &*worker.counters)
+/// What a worker's thread begins with.
+struct Start {
+    index: usize,
+    queue: TunQueue,
+    sockets: Vec<UdpSocket>,
+    setup: Setup,
+    processor: Option<usize>,
+    inbox: Receiver<Command>,
+    /// Where its bell, or why there is none, is waited for.
+    started: Sender<Result<Bell>>,
+}
+
+/// A worker's thread. It makes its way to the kernel itself: a ring belongs to the thread that has made it.
+fn work<I: Io>(
+    start: Start,
+    make: impl FnOnce(TunQueue, Vec<UdpSocket>) -> Result<(I, Bell)>,
+    on_failure: &impl Fn(String),
+) {
+    let index = start.index;
+    let panicked = PanicReport { on_failure, index };
+    let pinned = start.processor.map_or(Ok(()), pin);
+    // Whoever starts the worker waits for what is sent.
+    match pinned.and_then(|()| make(start.queue, start.sockets)) {
+        Err(error) => drop(start.started.send(Err(error))),
+        Ok((io, bell)) => {
+            drop(start.started.send(Ok(bell)));
+            if let Err(reason) = Worker::new(io, start.setup).run(&start.inbox) {
+                on_failure(format!("worker {index} cannot go on: {reason}"));
+            }
+        }
     }
+    std::mem::forget(panicked);
+}
+
+/// The processors that this process may run on.
+fn processors() -> Result<Vec<usize>> {
+    let allowed = sched_getaffinity(Pid::from_raw(0))?;
+    Ok((0..CpuSet::count())
+        .filter(|processor| allowed.is_set(*processor).unwrap_or(false))
+        .collect())
+}
+
+/// Keeps this thread to one processor.
+fn pin(processor: usize) -> Result<()> {
+    let mut only = CpuSet::new();
+    only.set(processor)?;
+    Ok(sched_setaffinity(Pid::from_raw(0), &only)?)
 }
 
 impl Drop for Engine {
@@ -180,7 +272,7 @@ impl Drop for Engine {
         for worker in &self.workers {
             // A worker that is gone needs no command.
             let _ = worker.commands.send(Command::Stop);
-            let _ = worker.waker.wake();
+            let _ = (worker.bell)();
         }
         for worker in &mut self.workers {
             if let Some(thread) = worker.thread.take() {

@@ -1,43 +1,40 @@
 //! Telling senders, at a limited rate, that their packets went no further.
 
-use std::{
-    io,
-    net::{IpAddr, UdpSocket},
-    time::Instant,
-};
+use std::{net::IpAddr, time::Instant};
 
 use crate::{
     packet::{IcmpError, IpPacket, icmp, icmpv6},
     route_table::RouteTable,
-    sys::raw::RawSender,
 };
 
-use super::{IcmpSource, rate_limit::RateLimit};
+use super::{
+    IcmpSource,
+    io::{DatagramSink, LocalSink},
+    rate_limit::RateLimit,
+};
 
 pub(super) struct Refusals {
     source: IcmpSource,
-    raw: RawSender,
     limit: RateLimit,
     reply: Box<[u8; icmpv6::MAX_ERROR_LEN]>,
 }
 
 impl Refusals {
     /// With one of `sharers` equal shares of the host's limit.
-    pub(super) fn new(source: IcmpSource, sharers: usize) -> io::Result<Self> {
-        Ok(Self {
+    pub(super) fn new(source: IcmpSource, sharers: usize) -> Self {
+        Self {
             source,
-            raw: RawSender::new()?,
             limit: RateLimit::icmp_share(sharers, Instant::now()),
             reply: Box::new([0; icmpv6::MAX_ERROR_LEN]),
-        })
+        }
     }
 
     /// For a packet of this host or its containers; whether an answer went out.
-    pub(super) fn answer_local(&mut self, packet: &[u8], error: IcmpError) -> bool {
+    pub(super) fn answer_local(&mut self, packet: &[u8], error: IcmpError, local: &mut impl LocalSink) -> bool {
         let Some((length, to)) = self.compose(packet, error) else {
             return false;
         };
-        self.raw.send(&self.reply[..length], to).is_ok()
+        local.send(&self.reply[..length], to).is_ok()
     }
 
     /// For a packet that came from a peer; whether an answer went out.
@@ -46,13 +43,13 @@ impl Refusals {
         packet: &[u8],
         error: IcmpError,
         routes: &RouteTable,
-        socket: &UdpSocket,
+        peers: &mut impl DatagramSink,
     ) -> bool {
         let Some((length, to)) = self.compose(packet, error) else {
             return false;
         };
         let peer = routes.lookup(to);
-        peer.is_some_and(|peer| socket.send_to(&self.reply[..length], peer.addr).is_ok())
+        peer.is_some_and(|peer| peers.send_one(&self.reply[..length], peer.addr).is_ok())
     }
 
     /// The answer's length in `reply` and its receiver; `None` when there must be none.

@@ -117,6 +117,30 @@ impl Kernel {
         Ok(links)
     }
 
+    /// How many packets the device `name` could not queue for whoever reads them (`tx_dropped`).
+    ///
+    /// # Errors
+    /// `ENODEV` when there is no such device.
+    pub fn dropped(&mut self, name: &str) -> Result<u64, Error> {
+        let what = || format!("cannot read the statistics of {name}");
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+        let replies = self
+            .netlink
+            .request(Message::GetLink(message), 0)
+            .map_err(tried(what()))?;
+        replies
+            .into_iter()
+            .find_map(|reply| {
+                let Message::NewLink(link) = reply else { return None };
+                link.attributes.into_iter().find_map(|attribute| match attribute {
+                    LinkAttribute::Stats64(stats) => Some(stats.tx_dropped),
+                    _ => None,
+                })
+            })
+            .ok_or_else(|| tried(what())(io::Error::other("the kernel's answer holds none")))
+    }
+
     /// How the kernel would send to `destination`, by its routing policy.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! A laboratory: hosts and containers as network namespaces of this machine, joined by a bridge.
 //!
-//! Used by `flanneld demo` and by the black-box tests, so that what a newcomer sees is what is tested.
+//! Used by `flanneld demo`, the black-box tests and the benchmark, so that what a newcomer sees is what is tested and
+//! measured.
 //!
 //! ```text
 //!   fl<pid>-<lab>-switch     br0 192.168.77.254/24
@@ -18,6 +19,7 @@
 
 mod error;
 mod host;
+mod interrupt;
 mod iperf;
 mod namespace;
 mod ping;
@@ -25,10 +27,11 @@ mod process;
 
 pub use error::LabError;
 pub use host::{CONTAINER_BRIDGE, Container, Host, HostOptions, SubnetEnv};
+pub use interrupt::Interrupt;
 pub use iperf::{Throughput, throughput};
 pub use namespace::Namespace;
 pub use ping::{Ping, Rtt, ping_command};
-pub use process::{Process, command, run, run_within, tail, wait_for, wait_until, without_daemon_env};
+pub use process::{Process, command, has_program, run, run_within, tail, wait_for, wait_until, without_daemon_env};
 
 use ipnet::Ipv4Net;
 use nix::{
@@ -169,6 +172,14 @@ impl Lab {
         let host = Host::attach(self, name, port, options.address.unwrap_or(default), options)?;
         self.hosts = port;
         Ok(host)
+    }
+
+    /// Adds a namespace that is wired to nothing. `name` must be new in this lab.
+    ///
+    /// # Errors
+    /// What `ip` fails with.
+    pub fn namespace(&self, name: &str) -> Result<Namespace, LabError> {
+        Namespace::create(format!("{}-{name}", self.id))
     }
 
     /// Leaves the lab up when this process ends; [`Lab::remove_kept`] removes it later.

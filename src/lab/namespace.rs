@@ -2,11 +2,15 @@
 
 use super::process::{command, run};
 use super::{LabError, RUN_NETNS};
+use nix::sched::{CloneFlags, setns};
 use std::{
-    fs,
+    fs::{self, File},
+    io,
     os::unix::fs::MetadataExt,
+    panic,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    thread,
 };
 
 /// A network namespace by its name; a handle that is cheap to clone. The [`Lab`](super::Lab) makes and removes it.
@@ -65,6 +69,21 @@ impl Namespace {
             .arg("--")
             .arg(program);
         command
+    }
+
+    /// Runs `work` in a thread inside the namespace: sockets, devices and threads that it makes stay there.
+    ///
+    /// # Errors
+    /// When the namespace is gone, or without root. A panic of `work` goes on here.
+    pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
+        thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                // Only this thread changes its namespace, and it ends here.
+                setns(File::open(self.path())?, CloneFlags::CLONE_NEWNET)?;
+                Ok(work())
+            });
+            thread.join().unwrap_or_else(|payload| panic::resume_unwind(payload))
+        })
     }
 
     /// Runs `ip` inside, with the words of `arguments` (`link set eth0 up`), and returns what it printed.

@@ -28,6 +28,12 @@ pub fn command(program: &str) -> Command {
     command
 }
 
+/// Whether `program` is on the PATH.
+pub fn has_program(program: &str) -> bool {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path).any(|dir| dir.join(program).is_file())
+}
+
 /// Takes what could set a flanneld's flags (`FLANNELD_*`) or make it report to this process's supervisor out of the
 /// environment of `command`: a daemon of the lab is what its command line says.
 pub fn without_daemon_env(command: &mut Command) -> &mut Command {

@@ -402,9 +402,14 @@ impl<'a> Write<'a> {
         self.total_len
     }
 
+    /// Length in bytes of all packets in it together, as they came.
+    pub fn packets_len(&self) -> usize {
+        self.total_len + (self.count().max(1) - 1) * self.header_len
+    }
+
     /// What to write, for a vectored write: the virtio header, in one with the merged packet's headers, then the payloads;
     /// or the virtio header and the only packet.
-    pub fn parts(&self) -> impl Iterator<Item = &'a [u8]> + use<'a> {
+    pub fn parts(&self) -> impl Iterator<Item = &'a [u8]> + Clone + use<'a> {
         let header_len = self.header_len;
         let payloads = self.packets.clone().map(move |packet| &packet[header_len..]);
         std::iter::once(self.head).chain(payloads)

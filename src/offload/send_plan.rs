@@ -1,7 +1,6 @@
-//! What one `sendmmsg` carries: packet → run → message. Packets of one length to one peer that follow one another become one
-//! segmented message (`UDP_SEGMENT`), whichever superpackets they were cut from. Pure: positions, no bytes.
-
-use std::{net::SocketAddr, ops::Range};
+//! What one `sendmmsg` carries: packet → run → message. Packets of one length to one destination become one segmented
+//! message (`UDP_SEGMENT`), whichever superpackets they were cut from and whatever goes elsewhere between them. Pure:
+//! positions, no bytes.
 
 use super::Segments;
 
@@ -14,6 +13,12 @@ const MAX_PIECES: usize = 1_024;
 /// The datagrams of a segmented message: 64 before Linux 6.9, 128 since (`UDP_MAX_SEGMENTS`); one less, because older kernels
 /// count the UDP header against the limit and refuse a message that is just full.
 pub const MAX_SEGMENTS: usize = 63;
+
+/// How many of the latest runs a packet is compared with. More destinations than that at once only merge less.
+const LOOK_BACK: usize = 16;
+
+/// End of a list of pieces.
+const NONE: u32 = u32::MAX;
 
 /// Part of a message's bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,50 +39,70 @@ pub enum Piece {
     },
 }
 
-/// One or several datagrams to one peer.
+/// One or several datagrams to one destination. `L` says which.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Run {
-    /// The peer.
-    pub to: SocketAddr,
+pub struct Run<L> {
+    /// Where to.
+    pub lane: L,
     /// Length in bytes of each datagram but the last, which may be shorter.
     pub segment: usize,
     /// Datagrams.
     pub count: usize,
     /// Bytes of all of them.
     pub bytes: usize,
-    /// Its bytes, in [`SendPlan::pieces`].
-    pub pieces: Range<usize>,
+    /// How many pieces its bytes are made of: [`SendPlan::pieces`].
+    pub pieces: usize,
+    /// Whether the next datagram may still join.
+    open: bool,
+    first: u32,
+    last: u32,
 }
 
 /// The messages of a batch, in order. Allocates while the largest batch so far grows, and never after.
-#[derive(Debug, Default)]
-pub struct SendPlan {
-    runs: Vec<Run>,
-    pieces: Vec<Piece>,
+///
+/// Packets of one lane leave in the order in which they came; those of different lanes may overtake one another.
+#[derive(Debug)]
+pub struct SendPlan<L> {
+    runs: Vec<Run<L>>,
+    /// The pieces of all runs, each with the next one of its run.
+    pieces: Vec<(Piece, u32)>,
     superpackets: Vec<(Segments, usize)>,
     bytes: usize,
-    /// Whether the next datagram may still join the last run.
-    open: bool,
 }
 
-impl SendPlan {
+impl<L> Default for SendPlan<L> {
+    fn default() -> Self {
+        Self {
+            runs: Vec::new(),
+            pieces: Vec::new(),
+            superpackets: Vec::new(),
+            bytes: 0,
+        }
+    }
+}
+
+impl<L: Copy + PartialEq> SendPlan<L> {
     /// Starts the next batch.
     pub fn clear(&mut self) {
         self.runs.clear();
         self.pieces.clear();
         self.superpackets.clear();
         self.bytes = 0;
-        self.open = false;
     }
 
     /// The messages so far.
-    pub fn runs(&self) -> &[Run] {
+    pub fn runs(&self) -> &[Run<L>] {
         &self.runs
     }
 
-    /// What the messages' bytes are made of.
-    pub fn pieces(&self) -> &[Piece] {
-        &self.pieces
+    /// What the bytes of `run`, one of this plan's, are made of.
+    pub fn pieces(&self, run: &Run<L>) -> impl Iterator<Item = Piece> + Clone + use<'_, L> {
+        let mut next = run.first;
+        (0..run.pieces).map_while(move |_| {
+            let (piece, after) = *self.pieces.get(next as usize)?;
+            next = after;
+            Some(piece)
+        })
     }
 
     /// The superpacket that a [`Piece::Header`] belongs to, and where it begins in the packet buffer.
@@ -92,72 +117,87 @@ impl SendPlan {
 
     /// Adds the packet of `len` bytes at `start` of the packet buffer. `merge`: it may share a message.
     #[inline]
-    pub fn push_packet(&mut self, start: usize, len: usize, to: SocketAddr, merge: bool) {
-        let contiguous = self.join(to, len, 1, merge);
-        match self.pieces.last_mut() {
-            Some(Piece::Packet {
-                start: first,
-                len: length,
-            }) if contiguous && *first + *length == start => *length += len,
-            _ => self.pieces.push(Piece::Packet { start, len }),
+    pub fn push_packet(&mut self, start: usize, len: usize, lane: L, merge: bool) {
+        let (run, joined) = self.run_for(lane, len, 1, merge);
+        let last = self.runs[run].last as usize;
+        match self.pieces.get_mut(last) {
+            Some((
+                Piece::Packet {
+                    start: first,
+                    len: length,
+                },
+                _,
+            )) if joined && *first + *length == start => *length += len,
+            _ => self.add_piece(run, Piece::Packet { start, len }),
         }
-        self.end_run();
     }
 
     /// Adds the segments of the superpacket at `start` of the packet buffer. `merge`: they may share messages.
-    pub fn push_segments(&mut self, segments: &Segments, start: usize, to: SocketAddr, merge: bool) {
+    pub fn push_segments(&mut self, segments: &Segments, start: usize, lane: L, merge: bool) {
         let superpacket = self.superpackets.len();
         self.superpackets.push((*segments, start));
         for index in 0..segments.count() {
             let payload = segments.payload(index);
-            self.join(to, segments.header_len() + payload.len(), 2, merge);
-            self.pieces.push(Piece::Header { superpacket, index });
-            self.pieces.push(Piece::Packet {
+            let (run, _) = self.run_for(lane, segments.header_len() + payload.len(), 2, merge);
+            self.add_piece(run, Piece::Header { superpacket, index });
+            let piece = Piece::Packet {
                 start: start + payload.start,
                 len: payload.len(),
-            });
-            self.end_run();
+            };
+            self.add_piece(run, piece);
         }
     }
 
-    /// Makes room for a datagram of `len` bytes in `pieces` pieces: at the end of the last run (true), or in a new one.
+    /// The run for a datagram of `len` bytes in `pieces` pieces: the lane's latest one if it may join that (true), or a new one.
     #[inline]
-    fn join(&mut self, to: SocketAddr, len: usize, pieces: usize, merge: bool) -> bool {
+    fn run_for(&mut self, lane: L, len: usize, pieces: usize, merge: bool) -> (usize, bool) {
         self.bytes += len;
-        let next = self.pieces.len();
-        if let Some(run) = self.runs.last_mut()
-            && self.open
-            && merge
-            && run.to == to
-            && len <= run.segment
-            && run.count < MAX_SEGMENTS
-            && run.bytes + len <= MAX_BYTES
-            && next - run.pieces.start + pieces <= MAX_PIECES
-        {
-            run.count += 1;
-            run.bytes += len;
-            // A shorter one can only be the last.
-            self.open = len == run.segment;
-            return true;
+        let end = self.runs.len();
+        let recent = end.saturating_sub(LOOK_BACK);
+        // Only the lane's latest will do: in an earlier one the datagram would overtake.
+        let latest = self.runs[recent..].iter().rposition(|run| run.lane == lane);
+        if let Some(at) = latest.map(|at| recent + at) {
+            let run = &mut self.runs[at];
+            if run.open
+                && merge
+                && len <= run.segment
+                && run.count < MAX_SEGMENTS
+                && run.bytes + len <= MAX_BYTES
+                && run.pieces + pieces <= MAX_PIECES
+            {
+                run.count += 1;
+                run.bytes += len;
+                // A shorter one can only be the last.
+                run.open = len == run.segment;
+                return (at, true);
+            }
         }
         self.runs.push(Run {
-            to,
+            lane,
             segment: len,
             count: 1,
             bytes: len,
-            pieces: next..next,
+            pieces: 0,
+            // A message of empty datagrams would have none.
+            open: merge && len > 0,
+            first: NONE,
+            last: NONE,
         });
-        // A message of empty datagrams would have none.
-        self.open = merge && len > 0;
-        false
+        (end, false)
     }
 
     #[inline]
-    fn end_run(&mut self) {
-        let end = self.pieces.len();
-        if let Some(run) = self.runs.last_mut() {
-            run.pieces.end = end;
+    fn add_piece(&mut self, run: usize, piece: Piece) {
+        // A batch has far fewer than 2^32 pieces.
+        let index = self.pieces.len() as u32;
+        self.pieces.push((piece, NONE));
+        let run = &mut self.runs[run];
+        match self.pieces.get_mut(run.last as usize) {
+            Some((_, next)) => *next = index,
+            None => run.first = index,
         }
+        run.last = index;
+        run.pieces += 1;
     }
 }
 
@@ -171,24 +211,20 @@ mod tests {
         packet::build,
     };
 
-    fn peer(number: u8) -> SocketAddr {
-        SocketAddr::from(([192, 0, 2, number], 8285))
-    }
-
     /// Length and number of datagrams of each message, and of how many pieces it is made.
-    fn shape(plan: &SendPlan) -> Vec<(usize, usize, usize)> {
+    fn shape(plan: &SendPlan<u8>) -> Vec<(usize, usize, usize)> {
         plan.runs()
             .iter()
-            .map(|run| (run.segment, run.count, run.pieces.len()))
+            .map(|run| (run.segment, run.count, run.pieces))
             .collect()
     }
 
-    /// Packets of these lengths, one behind another, each for a peer.
-    fn plan_of(packets: &[(usize, u8)]) -> SendPlan {
+    /// Packets of these lengths, one behind another, each for a lane.
+    fn plan_of(packets: &[(usize, u8)]) -> SendPlan<u8> {
         let mut plan = SendPlan::default();
         let mut at = 64;
         for (len, to) in packets {
-            plan.push_packet(at, *len, peer(*to), true);
+            plan.push_packet(at, *len, *to, true);
             at += len;
         }
         plan
@@ -222,8 +258,34 @@ mod tests {
     }
 
     #[test]
-    fn another_peer_begins_another_message() {
-        assert_eq!(shape(&plan_of(&[(92, 1), (92, 2), (92, 1)])), [(92, 1, 1); 3]);
+    fn each_lane_has_its_messages_and_packets_between_do_not_part_them() {
+        let plan = plan_of(&[(92, 1), (92, 2), (92, 1), (92, 1), (92, 2)]);
+        assert_eq!(shape(&plan), [(92, 3, 2), (92, 2, 2)]);
+        let starts = |run: usize| -> Vec<usize> {
+            let pieces = plan.pieces(&plan.runs()[run]);
+            pieces
+                .map(|piece| match piece {
+                    Piece::Packet { start, .. } => start,
+                    Piece::Header { .. } => panic!("no headers were pushed"),
+                })
+                .collect()
+        };
+        assert_eq!((starts(0), starts(1)), (vec![64, 248], vec![156, 432]));
+    }
+
+    #[test]
+    fn a_lane_whose_latest_message_is_closed_does_not_fall_back_to_an_earlier_one() {
+        assert_eq!(
+            shape(&plan_of(&[(92, 1), (60, 1), (92, 1), (92, 2), (92, 1)])),
+            [(92, 2, 1), (92, 2, 2), (92, 1, 1)]
+        );
+    }
+
+    #[test]
+    fn more_lanes_at_once_than_are_looked_at_merge_less_and_lose_nothing() {
+        let lanes: Vec<(usize, u8)> = (0..2 * LOOK_BACK).map(|at| (92, at as u8)).collect();
+        let plan = plan_of(&lanes.repeat(2));
+        assert_eq!(shape(&plan), [(92, 1, 1)].repeat(4 * LOOK_BACK));
     }
 
     #[test]
@@ -236,21 +298,21 @@ mod tests {
 
     #[test]
     fn without_merging_each_packet_is_a_message() {
-        let mut plan = SendPlan::default();
+        let mut plan = SendPlan::<u8>::default();
         for index in 0..3 {
-            plan.push_packet(64 + index * 92, 92, peer(1), false);
+            plan.push_packet(64 + index * 92, 92, 1, false);
         }
-        plan.push_packet(64 + 3 * 92, 92, peer(1), true);
+        plan.push_packet(64 + 3 * 92, 92, 1, true);
         assert_eq!(shape(&plan), [(92, 1, 1); 4]);
     }
 
     #[test]
     fn superpackets_that_follow_one_another_share_messages() {
-        let (mut headers, mut plan) = (Headers::default(), SendPlan::default());
+        let (mut headers, mut plan) = (Headers::default(), SendPlan::<u8>::default());
         // 45 segments of 1,472 bytes each: one more than a message takes.
         for start in [64, 70_000] {
             let segments = superpacket(&mut headers, 45 * 1_444, 1_444);
-            plan.push_segments(&segments, start, peer(1), true);
+            plan.push_segments(&segments, start, 1, true);
         }
         assert_eq!(shape(&plan), [(1_472, 44, 88), (1_472, 44, 88), (1_472, 2, 4)]);
         assert_eq!(plan.bytes(), 90 * 1_472);
@@ -258,34 +320,43 @@ mod tests {
 
     #[test]
     fn a_superpacket_with_a_short_end_closes_its_message() {
-        let (mut headers, mut plan) = (Headers::default(), SendPlan::default());
+        let (mut headers, mut plan) = (Headers::default(), SendPlan::<u8>::default());
         for start in [64, 8_000] {
-            plan.push_segments(&superpacket(&mut headers, 2_500, 1_000), start, peer(1), true);
+            plan.push_segments(&superpacket(&mut headers, 2_500, 1_000), start, 1, true);
         }
         assert_eq!(shape(&plan), [(1_028, 3, 6), (1_028, 3, 6)]);
     }
 
     proptest! {
         #[test]
-        fn every_byte_is_sent_once_and_in_order(
-            packets in proptest::collection::vec((prop_oneof![Just(60usize), Just(92), 1usize..3_000], 1u8..4), 0..300),
+        fn every_packet_is_sent_once_and_in_its_lanes_order(
+            packets in proptest::collection::vec((prop_oneof![Just(60usize), Just(92), 1usize..3_000], 1u8..6), 0..300),
         ) {
             let plan = plan_of(&packets);
-            let mut next = 64;
-            for piece in plan.pieces() {
-                let Piece::Packet { start, len } = *piece else { panic!("no headers were pushed") };
-                prop_assert_eq!(start, next);
-                next += len;
+            // Where each datagram begins, its length and lane, in the order of the messages.
+            let mut sent = Vec::new();
+            for run in plan.runs() {
+                let mut bytes: Vec<usize> = Vec::new();
+                for piece in plan.pieces(run) {
+                    let Piece::Packet { start, len } = piece else { panic!("no headers were pushed") };
+                    bytes.extend(start..start + len);
+                }
+                prop_assert_eq!(bytes.len(), run.bytes);
+                let datagrams: Vec<&[usize]> = bytes.chunks(run.segment).collect();
+                prop_assert_eq!(datagrams.len(), run.count);
+                for datagram in datagrams {
+                    prop_assert!(datagram.windows(2).all(|pair| pair[1] == pair[0] + 1), "one packet a datagram");
+                    sent.push((datagram[0], datagram.len(), run.lane));
+                }
             }
-            prop_assert_eq!(next - 64, packets.iter().map(|(len, _)| len).sum::<usize>());
-            // Cut at its segment length, each message gives its packets back.
-            let cut: Vec<(usize, SocketAddr)> = plan.runs().iter().flat_map(|run| {
-                (0..run.count).map(|index| {
-                    (run.segment.min(run.bytes - index * run.segment), run.to)
-                })
-            }).collect();
-            let pushed: Vec<(usize, SocketAddr)> = packets.iter().map(|(len, to)| (*len, peer(*to))).collect();
-            prop_assert_eq!(cut, pushed);
+            for lane in 1..6 {
+                let of_lane: Vec<_> = sent.iter().filter(|(.., to)| *to == lane).map(|(at, ..)| *at).collect();
+                prop_assert!(of_lane.is_sorted());
+            }
+            sent.sort();
+            let mut at = 64;
+            let pushed: Vec<_> = packets.iter().map(|(len, to)| { at += len; (at - len, *len, *to) }).collect();
+            prop_assert_eq!(sent, pushed);
         }
     }
 }

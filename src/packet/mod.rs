@@ -9,6 +9,7 @@
 //! | [`tcp`] | TCP header | RFC 9293 |
 //! | [`udp`] | UDP header | RFC 768 |
 //! | [`checksum`] | the Internet checksum | RFC 1071, 1624 |
+//! | [`flow`] | which packets belong together | |
 //! | [`build`] | whole packets, for tests, benches and the lab | |
 //!
 //! A view is generic over its buffer: `&[u8]` to read, `&mut [u8]` to write. `new_checked` is the only way to one, so
@@ -20,6 +21,7 @@ use std::net::IpAddr;
 
 pub mod build;
 pub mod checksum;
+pub mod flow;
 pub mod icmp;
 pub mod icmpv6;
 pub mod ipv4;

@@ -1,9 +1,9 @@
 //! System calls: the only module of the crate that may use `unsafe`.
 //!
 //! [`tun`] opens TUN queues, [`udp`] binds the tunnel's sockets and moves batches of datagrams with one call
-//! (`recvmmsg(2)`, `sendmmsg(2)`), [`raw`] sends whole IP packets from this host, [`simd`] adds up words with wide
-//! vectors. Everything here is mechanism; what to do
-//! with a packet is decided in [`crate::engine`].
+//! (`recvmmsg(2)`, `sendmmsg(2)`), [`uring`] receives and writes through io_uring, [`raw`] sends whole IP packets from this
+//! host, [`simd`] adds up words with wide vectors. Everything here is mechanism; what to do with a packet is decided in
+//! [`crate::engine`].
 
 #![allow(unsafe_code)]
 
@@ -11,3 +11,4 @@ pub mod raw;
 pub mod simd;
 pub mod tun;
 pub mod udp;
+pub mod uring;

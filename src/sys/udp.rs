@@ -1,17 +1,15 @@
 //! The tunnel's UDP sockets: one for each worker, all on one port; batches of datagrams in one system call.
 
 use std::{
-    io,
-    marker::PhantomData,
-    mem,
-    net::{SocketAddr, UdpSocket},
+    io, mem,
+    net::{IpAddr, SocketAddr, UdpSocket},
     ops::Range,
     os::fd::AsRawFd,
     ptr,
     time::Duration,
 };
 
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockRef, Socket, Type};
 
 /// What each socket asks the kernel to hold while its worker is busy: 4 MiB, about 20 ms of 1.5 Gbit/s of MTU-size packets
 /// by the kernel's own accounting (an skb of a 1,500-byte packet is charged about 2,304 bytes).
@@ -49,6 +47,20 @@ pub fn bind_group(address: SocketAddr, count: usize) -> io::Result<Vec<UdpSocket
         set_buffer(&socket, libc::SO_RCVBUFFORCE, libc::SO_RCVBUF);
         set_buffer(&socket, libc::SO_SNDBUFFORCE, libc::SO_SNDBUF);
         sockets.push(socket.into());
+    }
+    Ok(sockets)
+}
+
+/// Binds `count` sockets for sending only to `address` and one port of the kernel's choice: what leaves by them is told apart
+/// by that port.
+///
+/// # Errors
+/// As [`bind_group`]; `EADDRINUSE` when there are no free ports.
+pub fn bind_source(address: IpAddr, count: usize) -> io::Result<Vec<UdpSocket>> {
+    let sockets = bind_group(SocketAddr::new(address, 0), count)?;
+    for socket in &sockets {
+        // Nothing is to come there, and what comes all the same is not to be kept: the kernel makes it its least.
+        SockRef::from(socket).set_recv_buffer_size(1)?;
     }
     Ok(sockets)
 }
@@ -102,6 +114,17 @@ impl SockAddr {
             sin6_scope_id: 0,
         },
     };
+
+    /// The IP address; unspecified for a family that is neither IPv4 nor IPv6.
+    fn ip(&self) -> IpAddr {
+        // SAFETY: every byte of the union is always set, any bytes are valid in both members, and both begin with the family.
+        let (v4, v6) = unsafe { (self.v4, self.v6) };
+        match libc::c_int::from(v4.sin_family) {
+            libc::AF_INET => IpAddr::from(v4.sin_addr.s_addr.to_ne_bytes()),
+            libc::AF_INET6 => IpAddr::from(v6.sin6_addr.s6_addr),
+            _ => IpAddr::from([0; 4]),
+        }
+    }
 
     /// Writes `address`; the length that goes with it.
     fn set(&mut self, address: SocketAddr) -> libc::socklen_t {
@@ -164,12 +187,24 @@ pub struct RecvBatch {
     buffer: Box<[u8]>,
     headers: Box<[libc::mmsghdr; BATCH]>,
     vectors: Box<[libc::iovec; BATCH]>,
+    addresses: Box<[SockAddr; BATCH]>,
     controls: Box<[Control; BATCH]>,
 }
 
 // SAFETY: the raw pointers in `headers` and `vectors` are written anew from the owned buffers at each call and are used by
 // nothing in between.
 unsafe impl Send for RecvBatch {}
+
+/// A message that was received: a datagram, or several of one length (the last may be shorter) that GRO has merged.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Received {
+    /// Where it is in the arena.
+    pub bytes: Range<usize>,
+    /// Length in bytes of each datagram but the last.
+    pub segment: usize,
+    /// The sender's address.
+    pub from: IpAddr,
+}
 
 impl RecvBatch {
     /// Room for [`BATCH`] messages of any length.
@@ -178,6 +213,7 @@ impl RecvBatch {
             buffer: vec![0; BATCH * RECV_STRIDE].into_boxed_slice(),
             headers: Box::new([EMPTY_HEADER; BATCH]),
             vectors: Box::new([EMPTY_IOVEC; BATCH]),
+            addresses: Box::new([SockAddr::ZERO; BATCH]),
             controls: Box::new([EMPTY_CONTROL; BATCH]),
         }
     }
@@ -190,12 +226,15 @@ impl RecvBatch {
         let most = most.min(BATCH);
         let slots = self.buffer.chunks_exact_mut(RECV_STRIDE);
         let space = self.vectors.iter_mut().zip(self.controls.iter_mut());
-        for ((slot, header), (vector, control)) in slots.zip(self.headers.iter_mut()).zip(space).take(most) {
+        let space = space.zip(self.addresses.iter_mut());
+        for ((slot, header), ((vector, control), address)) in slots.zip(self.headers.iter_mut()).zip(space).take(most) {
             *vector = libc::iovec {
                 iov_base: slot.as_mut_ptr().cast(),
                 iov_len: MAX_DATAGRAM,
             };
             header.msg_hdr = libc::msghdr {
+                msg_name: ptr::from_mut(address).cast(),
+                msg_namelen: mem::size_of::<SockAddr>() as libc::socklen_t,
                 msg_iov: vector,
                 msg_iovlen: 1,
                 msg_control: ptr::from_mut(control).cast(),
@@ -203,8 +242,8 @@ impl RecvBatch {
                 ..EMPTY_HEADER.msg_hdr
             };
         }
-        // SAFETY: each of the first `most` headers points at one vector and one control buffer, and each vector at its own
-        // MAX_DATAGRAM bytes of `buffer`; all of them are owned by `self` and live through the call.
+        // SAFETY: each of the first `most` headers points at one vector, one address and one control buffer, each with its own
+        // size, and each vector at its own MAX_DATAGRAM bytes of `buffer`; all of them are owned by `self` and live through the call.
         let count = unsafe {
             libc::recvmmsg(
                 socket.as_raw_fd(),
@@ -226,15 +265,19 @@ impl RecvBatch {
         &mut self.buffer
     }
 
-    /// Where message `index` of the last [`Self::recv`] is in [`Self::arena`], and the length of each datagram in it but the
-    /// last, which may be shorter.
+    /// Message `index` of the last [`Self::recv`].
     ///
     /// # Panics
     /// When `index` is not below [`BATCH`].
-    pub fn message(&self, index: usize) -> (Range<usize>, usize) {
+    #[inline]
+    pub fn message(&self, index: usize) -> Received {
         let length = (self.headers[index].msg_len as usize).min(MAX_DATAGRAM);
         let start = index * RECV_STRIDE;
-        (start..start + length, self.segment(index).unwrap_or(length))
+        Received {
+            bytes: start..start + length,
+            segment: self.segment(index).unwrap_or(length),
+            from: self.addresses[index].ip(),
+        }
     }
 
     /// What GRO says of message `index`: the length of its datagrams.
@@ -290,12 +333,17 @@ impl SendBatch {
         }
     }
 
-    /// Lays out `messages` (at most [`BATCH`] of them count), whose bytes are the next of `slices`, each in its turn.
-    pub fn prepare<'a, 'bytes: 'a>(
-        &'a mut self,
+    /// Sends `messages` (at most [`BATCH`] of them count), whose bytes are the next of `slices`, each in its turn; how many
+    /// of them the kernel took, at least one unless there are none.
+    ///
+    /// # Errors
+    /// Why the *first* was not taken, as `sendmsg(2)`. An error of a later one shows when it is the first.
+    pub fn send<'bytes>(
+        &mut self,
+        socket: &UdpSocket,
         messages: &[Message],
         slices: impl Iterator<Item = &'bytes [u8]>,
-    ) -> Prepared<'a> {
+    ) -> io::Result<usize> {
         self.vectors.clear();
         self.vectors.extend(slices.map(|slice| libc::iovec {
             iov_base: slice.as_ptr().cast_mut().cast(),
@@ -330,58 +378,43 @@ impl SendBatch {
             }
             count += 1;
         }
-        Prepared {
-            headers: &mut self.headers[..count],
-            sent: 0,
-            bytes: PhantomData,
-        }
-    }
-}
-
-/// Messages that are laid out. Borrows the bytes until it is dropped.
-pub struct Prepared<'a> {
-    headers: &'a mut [libc::mmsghdr],
-    sent: usize,
-    /// The vectors point at these.
-    bytes: PhantomData<&'a [u8]>,
-}
-
-impl Prepared<'_> {
-    /// How many messages have been sent or [skipped](Self::skip).
-    pub fn done(&self) -> usize {
-        self.sent
-    }
-
-    /// Sends the messages that are left; how many the kernel took, at least one unless there are none.
-    ///
-    /// # Errors
-    /// Why the *first* of them was not taken, as `sendmsg(2)`. An error of a later one shows when it is the first.
-    pub fn send(&mut self, socket: &UdpSocket) -> io::Result<usize> {
-        let rest = &mut self.headers[self.sent..];
-        if rest.is_empty() {
+        if count == 0 {
             return Ok(0);
         }
-        // SAFETY: each header was laid out by `prepare` to point at vectors, an address and a control buffer of the batch,
-        // which is borrowed for as long as this lives, and the vectors point at slices that are, too; sendmmsg only reads
-        // through them.
-        let sent = unsafe {
-            libc::sendmmsg(
-                socket.as_raw_fd(),
-                rest.as_mut_ptr(),
-                rest.len() as libc::c_uint,
-                libc::MSG_DONTWAIT,
-            )
-        };
+        // SAFETY: each of the first `count` headers was laid out above to point at vectors, an address and a control buffer of
+        // `self`, and the vectors point at slices that outlive this call; sendmmsg only reads through them.
+        let sent = unsafe { libc::sendmmsg(socket.as_raw_fd(), self.headers.as_mut_ptr(), count, libc::MSG_DONTWAIT) };
         if sent < 0 {
-            return Err(io::Error::last_os_error());
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(sent as usize)
         }
-        self.sent += sent as usize;
-        Ok(sent as usize)
     }
+}
 
-    /// Leaves the first message that is left out.
-    pub fn skip(&mut self) {
-        self.sent = (self.sent + 1).min(self.headers.len());
+/// How many datagrams the kernel has dropped because the socket's buffer was full (`SO_MEMINFO`, Linux 4.12). Wraps around.
+///
+/// # Errors
+/// `ENOPROTOOPT` from an older kernel.
+pub fn dropped(socket: &UdpSocket) -> io::Result<u32> {
+    // include/uapi/linux/sock_diag.h: SK_MEMINFO_VARS numbers, of which SK_MEMINFO_DROPS is the last.
+    const NUMBERS: usize = 9;
+    let mut numbers = [0u32; NUMBERS];
+    let mut length = mem::size_of_val(&numbers) as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to `numbers`, and the length that it has written to `length`.
+    let done = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MEMINFO,
+            numbers.as_mut_ptr().cast(),
+            &mut length,
+        )
+    };
+    if done == 0 {
+        Ok(numbers[NUMBERS - 1])
+    } else {
+        Err(io::Error::last_os_error())
     }
 }
 
@@ -443,8 +476,8 @@ mod tests {
 
     impl RecvBatch {
         fn bytes(&mut self, index: usize) -> (&[u8], usize) {
-            let (range, segment) = self.message(index);
-            (&self.buffer[range], segment)
+            let received = self.message(index);
+            (&self.buffer[received.bytes], received.segment)
         }
     }
 
@@ -472,21 +505,41 @@ mod tests {
             .map(|i| single(receivers[i % 2].local_addr().unwrap()))
             .collect();
         let mut batch = SendBatch::new();
-        let mut prepared = batch.prepare(&messages, payloads.iter().map(Vec::as_slice));
-        assert_eq!(prepared.send(&sender).unwrap(), BATCH);
-        assert_eq!((prepared.done(), prepared.send(&sender).unwrap()), (BATCH, 0));
+        let slices = payloads.iter().map(Vec::as_slice);
+        assert_eq!(batch.send(&sender, &messages, slices).unwrap(), BATCH);
+        assert_eq!(batch.send(&sender, &[], std::iter::empty()).unwrap(), 0);
         let mut batch = RecvBatch::new();
         for (offset, receiver) in receivers.iter().enumerate() {
             assert_eq!(batch.recv(receiver, BATCH).unwrap(), BATCH / 2);
             for index in 0..BATCH / 2 {
                 let payload = &payloads[2 * index + offset];
                 assert_eq!(batch.bytes(index), (&payload[..], payload.len()));
+                assert_eq!(batch.message(index).from, sender.local_addr().unwrap().ip());
             }
             assert_eq!(
                 batch.recv(receiver, BATCH).unwrap_err().kind(),
                 io::ErrorKind::WouldBlock
             );
         }
+    }
+
+    #[test]
+    fn what_a_full_buffer_drops_is_counted() {
+        let (receiver, sender) = (socket(), socket());
+        assert_eq!(dropped(&receiver).unwrap(), 0);
+        let small = Socket::from(receiver);
+        small.set_recv_buffer_size(4_096).unwrap();
+        let receiver = UdpSocket::from(small);
+        for _ in 0..100 {
+            sender.send_to(&[0; 1_000], receiver.local_addr().unwrap()).unwrap();
+        }
+        let mut arrived = 0;
+        let mut batch = RecvBatch::new();
+        while let Ok(count) = batch.recv(&receiver, BATCH) {
+            arrived += count;
+        }
+        assert_eq!(dropped(&receiver).unwrap() as usize, 100 - arrived);
+        assert!(arrived < 100);
     }
 
     #[test]
@@ -527,7 +580,7 @@ mod tests {
         let messages = [message(&plain), message(&merging), single(plain.local_addr().unwrap())];
         let mut batch = SendBatch::new();
         let all = slices.into_iter().chain(slices).chain([&b"single"[..]]);
-        assert_eq!(batch.prepare(&messages, all).send(&sender).unwrap(), 3);
+        assert_eq!(batch.send(&sender, &messages, all).unwrap(), 3);
 
         let mut batch = RecvBatch::new();
         assert_eq!(batch.recv(&plain, BATCH).unwrap(), 4);
@@ -544,11 +597,10 @@ mod tests {
         let to = receiver.local_addr().unwrap();
         let too_long = vec![0; 65_508];
         let mut batch = SendBatch::new();
-        let mut prepared = batch.prepare(&[single(to); 3], [b"one", &too_long[..], b"three"].into_iter());
-        assert_eq!(prepared.send(&sender).unwrap(), 1);
-        assert_eq!(prepared.send(&sender).unwrap_err().raw_os_error(), Some(libc::EMSGSIZE));
-        prepared.skip();
-        assert_eq!(prepared.send(&sender).unwrap(), 1);
-        assert_eq!(prepared.done(), 3);
+        let slices = [&b"one"[..], &too_long, b"three"];
+        let mut send = |from: usize| batch.send(&sender, &[single(to); 3][from..], slices[from..].iter().copied());
+        assert_eq!(send(0).unwrap(), 1);
+        assert_eq!(send(1).unwrap_err().raw_os_error(), Some(libc::EMSGSIZE));
+        assert_eq!(send(2).unwrap(), 1);
     }
 }

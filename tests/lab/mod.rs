@@ -6,6 +6,7 @@ pub(crate) mod certificates;
 pub(crate) mod etcd;
 pub(crate) mod pair;
 pub(crate) mod plain_peer;
+pub(crate) mod seccomp;
 pub(crate) mod stream;
 pub(crate) mod traffic;
 pub(crate) mod wire;
@@ -14,13 +15,10 @@ use flannel::lab::{
     self, Container, Host, HostOptions, Lab, LabError, Namespace, Ping, Process, SubnetEnv, wait_for, wait_until,
 };
 use ipnet::Ipv6Net;
-use nix::{
-    sched::{CloneFlags, setns},
-    sys::signal::Signal,
-};
+use nix::sys::signal::Signal;
 use std::{
     ffi::OsStr,
-    fs::{self, File},
+    fs,
     io::{self, Read, Write},
     net::{Ipv4Addr, SocketAddr, TcpStream},
     os::unix::net::UnixDatagram,
@@ -127,6 +125,8 @@ pub(crate) struct Daemon {
     ns: Namespace,
     dir: PathBuf,
     flags: Vec<String>,
+    /// Whether the kernel refuses io_uring to it.
+    without_io_uring: bool,
     runs: usize,
     process: Option<Process>,
     /// Where `sd_notify` of the run under way arrives.
@@ -151,6 +151,7 @@ impl Daemon {
             ns: host.ns().clone(),
             dir: lab.dir().to_owned(),
             flags,
+            without_io_uring: false,
             runs: 0,
             process: None,
             notify: None,
@@ -160,6 +161,12 @@ impl Daemon {
     /// With one more flag.
     pub(crate) fn with(mut self, flag: impl Into<String>) -> Daemon {
         self.flags.push(flag.into());
+        self
+    }
+
+    /// With a kernel that refuses io_uring to it.
+    pub(crate) fn without_io_uring(mut self) -> Daemon {
+        self.without_io_uring = true;
         self
     }
 
@@ -173,6 +180,9 @@ impl Daemon {
         notify.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
         let mut command = flanneld(&self.ns);
         command.args(&self.flags).env("NOTIFY_SOCKET", socket);
+        if self.without_io_uring {
+            seccomp::refuse_io_uring(&mut command);
+        }
         let log = self.dir.join(format!("{}.{}.log", self.name, self.runs));
         self.process = Some(Process::spawn(&self.name, command, &log).unwrap());
         self.notify = Some(notify);
@@ -380,14 +390,7 @@ pub(crate) fn assert_loses(from: &Namespace, to: Ipv4Addr) {
 
 /// Runs `work` in a thread inside the namespace and returns its result: sockets opened there stay there.
 pub(crate) fn inside<T: Send>(ns: &Namespace, work: impl FnOnce() -> T + Send) -> T {
-    thread::scope(|scope| {
-        let thread = scope.spawn(|| {
-            // Only the calling thread changes its namespace, and it ends here.
-            setns(File::open(ns.path()).unwrap(), CloneFlags::CLONE_NEWNET).unwrap();
-            work()
-        });
-        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    })
+    ns.inside(work).unwrap()
 }
 
 /// The status code and the body that `GET path` gets from `address` inside the namespace.

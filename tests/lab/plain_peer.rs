@@ -39,6 +39,8 @@ pub(crate) struct PlainPeer {
     /// The overlay's MTU.
     mtu: usize,
     daemon: SocketAddr,
+    /// Whether the daemon sends from the port that it receives on.
+    one_port: bool,
     socket: UdpSocket,
 }
 
@@ -63,8 +65,17 @@ impl PlainPeer {
             subnet_v6,
             mtu: daemon.subnet().mtu as usize,
             daemon: SocketAddr::from((overlay.hosts[0].ip(), PORT)),
+            one_port: true,
             socket,
             host,
+        }
+    }
+
+    /// With a daemon that spreads its flows over source ports.
+    pub(crate) fn with_any_source_port(self) -> PlainPeer {
+        PlainPeer {
+            one_port: false,
+            ..self
         }
     }
 
@@ -112,7 +123,9 @@ impl PlainPeer {
 
     fn try_recv(&self, buffer: &mut [u8]) -> io::Result<usize> {
         let (length, source) = self.socket.recv_from(buffer)?;
-        assert_eq!(source, self.daemon, "one socket for both directions");
+        if self.one_port {
+            assert_eq!(source, self.daemon, "one socket for both directions");
+        }
         Ok(length)
     }
 }

@@ -1,4 +1,4 @@
-//! Ctrl-C and its like, as a flag that every wait looks at.
+//! Ctrl-C and its like, as a flag that every wait of a lab's owner looks at.
 
 use nix::sys::signal::Signal;
 use std::{
@@ -15,15 +15,19 @@ use tokio::{
 };
 
 /// Remembers the first signal that asked this process to end, in place of ending it: the lab must be removed first.
-#[derive(Clone, Debug)]
-pub(super) struct Interrupt {
+/// The default one never sees any.
+#[derive(Clone, Debug, Default)]
+pub struct Interrupt {
     /// The signal's number; 0: none yet.
     seen: Arc<AtomicI32>,
 }
 
 impl Interrupt {
     /// From now on SIGINT, SIGTERM and SIGHUP (the terminal is closed) only raise the flag.
-    pub(super) fn install() -> io::Result<Interrupt> {
+    ///
+    /// # Errors
+    /// When the handlers, or the thread that waits for them, cannot be set up.
+    pub fn install() -> io::Result<Interrupt> {
         let seen = Arc::new(AtomicI32::new(0));
         let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
         let (mut int, mut term, mut hup) = {
@@ -52,7 +56,7 @@ impl Interrupt {
     }
 
     /// The signal that has come, if one has.
-    pub(super) fn signal(&self) -> Option<Signal> {
+    pub fn signal(&self) -> Option<Signal> {
         Signal::try_from(self.seen.load(Ordering::Relaxed)).ok()
     }
 }

@@ -1,0 +1,276 @@
+//! The way that every kernel has: `read` and `writev` on the device, `recvmmsg` and `sendmmsg` on the sockets, and epoll,
+//! through mio, to sleep.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr, UdpSocket},
+    os::fd::AsRawFd,
+    sync::Arc,
+    time::Duration,
+};
+
+use mio::{Events, Interest, Poll, Token, Waker, unix::SourceFd};
+
+use crate::{
+    offload::{VirtioNetHdr, coalesce::MAX_MERGED},
+    sys::{
+        raw::RawSender,
+        tun::TunQueue,
+        udp::{self, Message, Received, RecvBatch, SendBatch},
+    },
+};
+
+use super::{
+    Bell, DatagramSink, DatagramSource, Gather, InParts, Io, LocalSink, Packet, PacketSink, PacketSource, Parts, Ready,
+};
+use crate::engine::egress::FLUSH_BYTES;
+
+const TUN: Token = Token(0);
+const UDP: Token = Token(1);
+const BELL: Token = Token(2);
+
+/// The longest that one read brings: a virtio header and the longest IP packet.
+const MAX_READ: usize = VirtioNetHdr::LEN + 65_535;
+
+/// Where the first packet of a batch lies: a cache line in, so that there is room for its virtio header.
+const FIRST: usize = 64;
+
+/// What a batch may grow to before it is sent, and a read more.
+const BUFFER_BYTES: usize = FIRST + FLUSH_BYTES + MAX_READ;
+
+/// The parts in a write: the virtio header with the headers of a merged packet, and a payload for each packet in it.
+const WRITE_PARTS: usize = 1 + MAX_MERGED;
+
+/// See the module.
+pub struct Mmsg {
+    poll: Poll,
+    events: Events,
+    packets: Packets,
+    peers: Peers,
+    datagrams: Datagrams,
+    device: Device,
+    local: RawSender,
+}
+
+impl Mmsg {
+    /// For a queue and its sockets: the tunnel's own, which receives, and behind it those that packets leave from by the
+    /// number of their source port from 1 on. The bell with it.
+    ///
+    /// # Errors
+    /// When the system gives no poller or no raw socket; `InvalidInput` without a socket.
+    pub fn new(queue: TunQueue, sockets: Vec<UdpSocket>) -> io::Result<(Self, Bell)> {
+        let poll = Poll::new()?;
+        let waker = Waker::new(poll.registry(), BELL)?;
+        let queue = Arc::new(queue);
+        let sockets: Arc<[UdpSocket]> = sockets.into();
+        let tunnel = sockets.first().ok_or(io::ErrorKind::InvalidInput)?;
+        poll.registry()
+            .register(&mut SourceFd(&queue.as_raw_fd()), TUN, Interest::READABLE)?;
+        poll.registry()
+            .register(&mut SourceFd(&tunnel.as_raw_fd()), UDP, Interest::READABLE)?;
+        let mmsg = Self {
+            poll,
+            events: Events::with_capacity(4),
+            packets: Packets::new(Arc::clone(&queue)),
+            peers: Peers::new(Arc::clone(&sockets)),
+            datagrams: Datagrams {
+                sockets,
+                batch: RecvBatch::new(),
+            },
+            device: Device::new(queue),
+            local: RawSender::new()?,
+        };
+        Ok((mmsg, Box::new(move || waker.wake())))
+    }
+}
+
+impl Io for Mmsg {
+    type Packets = Packets;
+    type Peers = Peers;
+    type Datagrams = Datagrams;
+    type Device = Device;
+    type Local = RawSender;
+
+    fn wait(&mut self, limit: Option<Duration>) -> io::Result<Ready> {
+        let mut ready = Ready::default();
+        match self.poll.poll(&mut self.events, limit) {
+            Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
+            _ => {}
+        }
+        for event in &self.events {
+            match event.token() {
+                TUN => ready.packets = true,
+                UDP => ready.datagrams = true,
+                _ => ready.bell = true,
+            }
+        }
+        Ok(ready)
+    }
+
+    fn parts(&mut self) -> Parts<'_, Packets, Peers, Datagrams, Device, RawSender> {
+        Parts {
+            packets: &mut self.packets,
+            peers: &mut self.peers,
+            datagrams: &mut self.datagrams,
+            device: &mut self.device,
+            local: &mut self.local,
+        }
+    }
+}
+
+/// Packets one behind another in one buffer, so that equal ones are one slice of a segmented message.
+pub struct Packets {
+    queue: Arc<TunQueue>,
+    buffer: Box<[u8]>,
+    /// Where the last packet begins, and where the next one will.
+    last: usize,
+    next: usize,
+}
+
+impl Packets {
+    fn new(queue: Arc<TunQueue>) -> Self {
+        Self {
+            queue,
+            buffer: vec![0; BUFFER_BYTES].into_boxed_slice(),
+            last: FIRST,
+            next: FIRST,
+        }
+    }
+}
+
+impl PacketSource for Packets {
+    fn start(&mut self) {
+        (self.last, self.next) = (FIRST, FIRST);
+    }
+
+    /// A virtio header comes in front of its packet, where the last packet ends. That one's bytes are put back, so that
+    /// packets lie without a gap.
+    #[inline]
+    fn next(&mut self) -> io::Result<Packet> {
+        let at = self.next;
+        let (header, length) = if self.queue.has_headers() {
+            let space = &mut self.buffer[at - VirtioNetHdr::LEN..][..MAX_READ];
+            let mut saved = [0; VirtioNetHdr::LEN];
+            saved.copy_from_slice(&space[..VirtioNetHdr::LEN]);
+            let read = self.queue.recv(space);
+            let header = VirtioNetHdr::parse(space);
+            space[..VirtioNetHdr::LEN].copy_from_slice(&saved);
+            (header, read?.saturating_sub(VirtioNetHdr::LEN))
+        } else {
+            let space = &mut self.buffer[at..][..MAX_READ - VirtioNetHdr::LEN];
+            (Ok(VirtioNetHdr::default()), self.queue.recv(space)?)
+        };
+        (self.last, self.next) = (at, at + length);
+        Ok(Packet {
+            header,
+            bytes: at..self.next,
+        })
+    }
+
+    #[inline]
+    fn forget(&mut self) {
+        self.next = self.last;
+    }
+
+    fn arena(&mut self) -> &mut [u8] {
+        &mut self.buffer
+    }
+}
+
+/// Datagrams to peers, from several sockets where flows have several source ports.
+pub struct Peers {
+    sockets: Arc<[UdpSocket]>,
+    batch: SendBatch,
+}
+
+impl Peers {
+    pub(super) fn new(sockets: Arc<[UdpSocket]>) -> Self {
+        Self {
+            sockets,
+            batch: SendBatch::new(),
+        }
+    }
+}
+
+impl DatagramSink for Peers {
+    fn send<'bytes>(
+        &mut self,
+        source: u8,
+        messages: &[Message],
+        slices: impl Iterator<Item = &'bytes [u8]>,
+    ) -> io::Result<usize> {
+        self.batch.send(&self.sockets[usize::from(source)], messages, slices)
+    }
+
+    fn send_one(&mut self, datagram: &[u8], to: SocketAddr) -> io::Result<()> {
+        self.sockets[0].send_to(datagram, to).map(drop)
+    }
+
+    fn wait_writable(&self, source: u8, limit: Duration) {
+        udp::wait_writable(&self.sockets[usize::from(source)], limit);
+    }
+}
+
+/// Datagrams from peers.
+pub struct Datagrams {
+    sockets: Arc<[UdpSocket]>,
+    batch: RecvBatch,
+}
+
+impl DatagramSource for Datagrams {
+    fn recv(&mut self, most: usize) -> io::Result<usize> {
+        self.batch.recv(&self.sockets[0], most)
+    }
+
+    #[inline]
+    fn message(&self, index: usize) -> Received {
+        self.batch.message(index)
+    }
+
+    fn arena(&mut self) -> &mut [u8] {
+        self.batch.arena()
+    }
+}
+
+/// Packets to the device, one call each.
+pub struct Device(Arc<TunQueue>);
+
+impl Device {
+    pub(super) fn new(queue: Arc<TunQueue>) -> Self {
+        Self(queue)
+    }
+
+    #[inline]
+    pub(super) fn write_one<'bytes>(&self, mut parts: impl Iterator<Item = &'bytes [u8]> + Clone) -> io::Result<()> {
+        let all = parts.clone();
+        // A packet as it stands is by far the most frequent, and the long list of parts takes its time.
+        let few = Gather::<2>::of(&mut parts);
+        match parts.next() {
+            None => self.0.send_parts(few.parts()),
+            Some(_) => self.0.send_parts(Gather::<WRITE_PARTS>::of(all).parts()),
+        }
+    }
+}
+
+impl PacketSink for Device {
+    fn has_headers(&self) -> bool {
+        self.0.has_headers()
+    }
+
+    fn write<'bytes, P: InParts<'bytes>>(
+        &mut self,
+        packets: impl Iterator<Item = P>,
+        mut outcome: impl FnMut(P, io::Result<()>),
+    ) {
+        for packet in packets {
+            let result = self.write_one(packet.parts());
+            outcome(packet, result);
+        }
+    }
+}
+
+impl LocalSink for RawSender {
+    fn send(&mut self, packet: &[u8], to: IpAddr) -> io::Result<()> {
+        RawSender::send(self, packet, to)
+    }
+}

@@ -1,0 +1,319 @@
+//! With sockets in the place of a device: what keeps messages apart is to io_uring as good as a TUN queue.
+
+use std::{
+    net::{IpAddr, SocketAddr, UdpSocket},
+    os::unix::net::{UnixDatagram, UnixStream},
+    thread,
+};
+
+use super::{pool::SLOTS, *};
+use crate::sys::udp::{self, Message, SendBatch};
+
+const TARGETS: Targets = Targets {
+    packets: 64 << 10,
+    datagrams: 64 << 10,
+};
+
+/// More than any of this takes, so that what never comes fails the test.
+const PATIENCE: Option<Duration> = Some(Duration::from_secs(20));
+
+/// A ring on one end of a pair and on a socket, with the other end and another socket.
+struct Surroundings {
+    ring: Ring<UnixDatagram, UdpSocket>,
+    device: UnixDatagram,
+    address: SocketAddr,
+    peer: UdpSocket,
+}
+
+fn socket(address: &str) -> UdpSocket {
+    udp::bind_group(address.parse().unwrap(), 1).unwrap().remove(0)
+}
+
+fn surroundings_at(address: &str, header: usize) -> Surroundings {
+    let (queue, device) = UnixDatagram::pair().unwrap();
+    let socket_of_ring = socket(address);
+    udp::enable_gro(&socket_of_ring).unwrap();
+    Surroundings {
+        address: socket_of_ring.local_addr().unwrap(),
+        ring: Ring::new(queue, header, socket_of_ring, TARGETS).unwrap(),
+        device,
+        peer: socket(address),
+    }
+}
+
+fn surroundings() -> Surroundings {
+    surroundings_at("127.0.0.1:0", 0)
+}
+
+/// A message: what it holds, and the length of its datagrams.
+type Taken = (Vec<u8>, usize);
+
+impl Surroundings {
+    /// Waits for messages and takes them, at most `most` at a time, until there are `count`.
+    fn receive(&mut self, count: usize, most: usize) -> Vec<Taken> {
+        let mut taken = Vec::new();
+        while taken.len() < count {
+            let arrivals = self.ring.wait(PATIENCE).unwrap();
+            assert_ne!(arrivals, Arrivals::default(), "after {} messages", taken.len());
+            let datagrams = self.ring.sources().1;
+            while let Ok(batch) = datagrams.recv(most) {
+                assert!(batch <= most);
+                for index in 0..batch {
+                    let message = datagrams.message(index);
+                    assert_eq!(message.from, self.address.ip());
+                    taken.push((datagrams.arena()[message.bytes].to_vec(), message.segment));
+                }
+            }
+        }
+        taken
+    }
+
+    /// Waits for packets and takes them, with what is in front, until there are `count`.
+    fn read(&mut self, count: usize) -> Vec<Vec<u8>> {
+        let mut taken = Vec::new();
+        while taken.len() < count {
+            self.ring.wait(PATIENCE).unwrap();
+            let packets = self.ring.sources().0;
+            while let Ok(packet) = packets.recv() {
+                taken.push(packets.arena()[packet].to_vec());
+            }
+        }
+        taken
+    }
+}
+
+fn numbered(count: u32) -> impl Iterator<Item = Vec<u8>> {
+    (0..count).map(|number| number.to_be_bytes().repeat(1 + number as usize % 300))
+}
+
+#[test]
+fn this_kernel_has_all_that_is_needed() {
+    probe().unwrap();
+}
+
+#[test]
+fn errors_at_the_start_are_told_apart() {
+    let why = |errno| probe::why(io::Error::from_raw_os_error(errno));
+    assert!(matches!(why(libc::ENOSYS), Refused::Absent));
+    assert!(matches!(why(libc::EINVAL), Refused::Old));
+    assert!(matches!(why(libc::EPERM), Refused::Forbidden | Refused::SwitchedOff(_)));
+    assert!(why(libc::EMFILE).to_string().contains("open files"));
+}
+
+#[test]
+fn many_more_datagrams_than_buffers_arrive_whole_and_in_order() {
+    for address in ["127.0.0.1:0", "[::1]:0"] {
+        let mut around = surroundings_at(address, 0);
+        for most in [64, 5, 1] {
+            for datagram in numbered(1_000) {
+                around.peer.send_to(&datagram, around.address).unwrap();
+            }
+            let expected: Vec<Taken> = numbered(1_000)
+                .map(|datagram| (datagram.clone(), datagram.len()))
+                .collect();
+            assert_eq!(around.receive(1_000, most), expected);
+        }
+    }
+}
+
+#[test]
+fn the_longest_and_the_shortest_datagram_arrive_whole() {
+    let mut around = surroundings();
+    let longest: Vec<u8> = (0..65_507u32).map(|i| (i % 251) as u8).collect();
+    // More than there are buffers, so that each kind comes into each buffer.
+    for _ in 0..2 * SLOTS {
+        for datagram in [&longest[..], b""] {
+            around.peer.send_to(datagram, around.address).unwrap();
+        }
+        let taken = around.receive(2, 64);
+        assert!(taken == [(longest.clone(), longest.len()), (vec![], 0)]);
+    }
+}
+
+#[test]
+fn merged_datagrams_are_told_by_their_length() {
+    let mut around = surroundings();
+    let payload: Vec<u8> = (0..3_500u32).map(|i| i as u8).collect();
+    let segmented = Message {
+        to: around.address,
+        slices: 1,
+        segment: Some(1_000),
+    };
+    let sent = SendBatch::new().send(&around.peer, &[segmented], std::iter::once(&payload[..]));
+    assert_eq!(sent.unwrap(), 1);
+    assert_eq!(around.receive(1, 64), [(payload, 1_000)]);
+}
+
+#[test]
+fn packets_come_in_order_with_what_is_in_front_of_them() {
+    let mut around = surroundings_at("127.0.0.1:0", 10);
+    let packets: Vec<_> = (1..200u32).map(|number| number.to_be_bytes().repeat(64)).collect();
+    let device = around.device.try_clone().unwrap();
+    let sent = packets.clone();
+    // The pair holds only some of them.
+    let sender = thread::spawn(move || {
+        sent.iter()
+            .for_each(|packet| assert_eq!(device.send(packet).unwrap(), packet.len()))
+    });
+    assert_eq!(around.read(packets.len()), packets);
+    sender.join().unwrap();
+    let longest = vec![7; 10 + 65_535];
+    around.device.send(&longest).unwrap();
+    assert!(around.read(1) == [longest]);
+}
+
+#[test]
+fn packets_begin_a_cache_line_behind_what_is_in_front() {
+    for header in [0, 10] {
+        let mut around = surroundings_at("127.0.0.1:0", header);
+        around.device.send(&[1; 100]).unwrap();
+        around.peer.send_to(&[2; 100], around.address).unwrap();
+        around.read(1);
+        around.device.send(&[1; 100]).unwrap();
+        around.ring.wait(PATIENCE).unwrap();
+        let packets = around.ring.sources().0;
+        let packet = packets.recv().unwrap();
+        assert_eq!(packets.arena()[packet.start + header..].as_ptr() as usize % 64, 0);
+    }
+}
+
+#[test]
+fn what_was_taken_stays_until_the_next_wait_while_more_comes() {
+    let mut around = surroundings();
+    let send = |value: u8| {
+        for _ in 0..SLOTS {
+            around.peer.send_to(&[value; 1_000], around.address).unwrap();
+        }
+    };
+    send(1);
+    around.ring.wait(PATIENCE).unwrap();
+    let datagrams = around.ring.sources().1;
+    let count = datagrams.recv(SLOTS).unwrap();
+    send(2);
+    assert_eq!(datagrams.recv(SLOTS).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    assert_eq!(count, around.ring.sources().1.source.taken());
+    send(3);
+    let expected = [1, 2, 3].map(|value| vec![(vec![value; 1_000], 1_000); SLOTS]).concat();
+    assert_eq!(around.receive(3 * SLOTS - count, SLOTS), expected[count..]);
+}
+
+#[test]
+fn without_anything_new_a_look_costs_no_time_and_brings_nothing() {
+    let mut around = surroundings();
+    for _ in 0..3 {
+        assert_eq!(around.ring.wait(Some(Duration::ZERO)).unwrap(), Arrivals::default());
+    }
+    assert_eq!(
+        around.ring.wait(Some(Duration::from_millis(5))).unwrap(),
+        Arrivals::default()
+    );
+    // And misses nothing.
+    around.peer.send_to(b"x", around.address).unwrap();
+    let arrivals = around.ring.wait(Some(Duration::ZERO)).unwrap();
+    assert!(arrivals.datagrams && !arrivals.packets && !arrivals.bell);
+}
+
+#[test]
+fn the_bell_wakes_whoever_waits_each_time() {
+    let mut around = surroundings();
+    for _ in 0..3 {
+        let bell = around.ring.bell();
+        let ringer = thread::spawn(move || bell().unwrap());
+        let arrivals = around.ring.wait(None).unwrap();
+        assert!(arrivals.bell && !arrivals.packets && !arrivals.datagrams);
+        ringer.join().unwrap();
+    }
+}
+
+#[test]
+fn the_end_of_a_queue_is_told_once_what_came_before_is_taken() {
+    let (queue, device) = UnixStream::pair().unwrap();
+    let mut ring = Ring::new(queue, 0, socket("127.0.0.1:0"), TARGETS).unwrap();
+    (&device).write_all(b"the last").unwrap();
+    drop(device);
+    ring.wait(PATIENCE).unwrap();
+    let packets = ring.sources().0;
+    let last = packets.recv().unwrap();
+    assert_eq!(packets.arena()[last], *b"the last");
+    assert_eq!(packets.recv().unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+}
+
+#[test]
+fn a_ring_that_ends_lets_go_of_its_files() {
+    let mut around = surroundings();
+    around.ring.wait(Some(Duration::ZERO)).unwrap();
+    assert!(around.ring.is_armed());
+    let Surroundings {
+        ring, device, address, ..
+    } = around;
+    drop(ring);
+    assert!(device.send(b"anyone?").is_err());
+    UdpSocket::bind(address).unwrap();
+}
+
+#[test]
+#[should_panic(expected = "a ring's sources are its own")]
+fn a_source_that_was_exchanged_is_never_waited_for() {
+    let (mut one, mut other) = (surroundings(), surroundings());
+    std::mem::swap(one.ring.sources().0, other.ring.sources().0);
+    let _ = one.ring.wait(Some(Duration::ZERO));
+}
+
+#[test]
+fn writes_keep_their_order_and_parts() {
+    let (device, far) = UnixStream::pair().unwrap();
+    let mut writer = Writer::new(device).unwrap();
+    let payload: Vec<u8> = (0..200).collect();
+    for count in [1, 2, MOST_WRITES] {
+        let mut batch = writer.batch();
+        for number in 0..count {
+            // From one part to more than the kernel keeps on its stack (8).
+            let parts = payload.chunks(1 + number * 7);
+            batch.add(parts);
+        }
+        assert_eq!(batch.write().filter(Result::is_ok).count(), count);
+        let mut received = vec![0; count * payload.len()];
+        io::Read::read_exact(&mut &far, &mut received).unwrap();
+        assert_eq!(received, payload.repeat(count));
+    }
+    assert_eq!(writer.batch().write().count(), 0);
+}
+
+#[test]
+fn a_device_that_is_full_refuses_the_rest_of_a_batch_at_once() {
+    let (device, far) = UnixDatagram::pair().unwrap();
+    let mut writer = Writer::new(device).unwrap();
+    // 2 MiB in all, ten times what such a socket holds.
+    let payload = [9; (32 << 10) + MOST_WRITES];
+    let mut batch = writer.batch();
+    for number in 0..MOST_WRITES {
+        batch.add([&[7; 3][..], &payload[number..]].into_iter());
+    }
+    let results: Vec<_> = batch.write().collect();
+    let taken = results.iter().position(Result::is_err).unwrap();
+    assert!(taken > 0);
+    for result in &results[taken..] {
+        assert_eq!(result.as_ref().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    }
+    let mut packet = [0; 40 << 10];
+    for number in 0..taken {
+        assert_eq!(far.recv(&mut packet).unwrap(), 3 + payload.len() - number);
+    }
+    far.set_nonblocking(true).unwrap();
+    assert!(far.recv(&mut packet).is_err());
+}
+
+#[test]
+fn the_sender_is_known_in_both_families() {
+    for (address, ip) in [
+        ("127.0.0.1:0", [127, 0, 0, 1].into()),
+        ("[::1]:0", IpAddr::V6(std::net::Ipv6Addr::LOCALHOST)),
+    ] {
+        let mut around = surroundings_at(address, 0);
+        around.peer.send_to(b"x", around.address).unwrap();
+        around.ring.wait(PATIENCE).unwrap();
+        let datagrams = around.ring.sources().1;
+        assert_eq!(datagrams.recv(1).unwrap(), 1);
+        assert_eq!(datagrams.message(0).from, ip);
+    }
+}
