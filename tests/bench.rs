@@ -49,7 +49,7 @@ fn lab_id() -> String {
 fn plan(arguments: &[&str]) -> Plan {
     let launcher = Launcher {
         program: env::current_exe().unwrap(),
-        arguments: ["--exact", "load_generator", "--ignored", "--nocapture"]
+        arguments: ["--exact", "a_load_generator_without_a_socket_says_so", "--nocapture"]
             .map(Into::into)
             .to_vec(),
     };
@@ -60,10 +60,16 @@ fn plan(arguments: &[&str]) -> Plan {
     }
 }
 
+/// The benchmark starts this program in its hosts, where this test is the load generator.
 #[test]
-#[ignore = "not a test: the benchmark starts this in its hosts"]
-fn load_generator() {
-    agent::main().unwrap();
+fn a_load_generator_without_a_socket_says_so() {
+    match (env::var_os(agent::SOCKET_VARIABLE), agent::main()) {
+        (Some(_), outcome) => outcome.unwrap(),
+        (None, outcome) => {
+            let error = outcome.unwrap_err().to_string();
+            assert!(error.contains("only the benchmark starts an agent"), "{error}");
+        }
+    }
 }
 
 #[test]

@@ -20,7 +20,7 @@ use std::{
 };
 
 /// The environment variable that tells an agent the path of its socket.
-const SOCKET_VARIABLE: &str = "FLANNEL_BENCH_AGENT";
+pub(crate) const SOCKET_VARIABLE: &str = "FLANNEL_BENCH_AGENT";
 
 /// Where an agent counts datagrams.
 const SINK_PORT: u16 = 7001;
