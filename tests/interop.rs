@@ -310,7 +310,12 @@ fn packets_cross_unharmed(name: &str, flags: &[&str]) {
 
 #[test]
 fn packets_of_every_kind_cross_the_fast_path_unharmed() {
-    packets_cross_unharmed("odd_fast", &[]);
+    packets_cross_unharmed("odd_fast", &["--io=mmsg"]);
+}
+
+#[test]
+fn packets_of_every_kind_cross_io_uring_unharmed() {
+    packets_cross_unharmed("odd_uring", &["--io=uring"]);
 }
 
 #[test]
@@ -372,7 +377,12 @@ fn a_plain_host_understands(name: &str, flags: &[&str]) {
 
 #[test]
 fn a_plain_host_understands_the_fast_path() {
-    a_plain_host_understands("bulk_fast", &[]);
+    a_plain_host_understands("bulk_fast", &["--io=mmsg"]);
+}
+
+#[test]
+fn a_plain_host_understands_io_uring() {
+    a_plain_host_understands("bulk_uring", &["--io=uring"]);
 }
 
 #[test]
@@ -493,7 +503,12 @@ fn garbage_does_no_harm(name: &str, flags: &[&str]) {
 
 #[test]
 fn garbage_does_the_fast_path_no_harm() {
-    garbage_does_no_harm("garbage_fast", &[]);
+    garbage_does_no_harm("garbage_fast", &["--io=mmsg"]);
+}
+
+#[test]
+fn garbage_does_io_uring_no_harm() {
+    garbage_does_no_harm("garbage_uring", &["--io=uring"]);
 }
 
 #[test]

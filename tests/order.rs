@@ -7,7 +7,7 @@
 mod lab;
 
 use std::{
-    fs, io,
+    io,
     net::{SocketAddr, UdpSocket},
     sync::{Condvar, Mutex},
     thread,
@@ -21,7 +21,6 @@ use lab::{
     wire::LONGEST,
 };
 use nix::{
-    errno::Errno,
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
     sys::socket::{setsockopt, sockopt::UdpGsoSegment},
     unistd::Pid,
@@ -197,25 +196,12 @@ fn processors() -> Vec<usize> {
         .collect()
 }
 
-/// Keeps a thread, or the calling one (0), on one processor.
-fn pin(thread: i32, number: usize) -> nix::Result<()> {
+/// Keeps the calling thread on one processor.
+fn pin(number: usize) {
     let processors = processors();
     let mut only = CpuSet::new();
-    only.set(processors[number % processors.len()])?;
-    sched_setaffinity(Pid::from_raw(thread), &only)
-}
-
-/// Keeps each thread of the daemon on one processor.
-fn pin_threads(daemon: &mut Daemon) {
-    let tasks = fs::read_dir(format!("/proc/{}/task", daemon.process().pid())).unwrap();
-    for (number, task) in tasks.enumerate() {
-        let thread = task.unwrap().file_name().to_str().unwrap().parse().unwrap();
-        match pin(thread, number) {
-            // It has just ended by itself.
-            Err(Errno::ESRCH) => {}
-            pinned => pinned.unwrap(),
-        }
-    }
+    only.set(processors[number % processors.len()]).unwrap();
+    sched_setaffinity(Pid::from_raw(0), &only).unwrap();
 }
 
 /// Two sockets for each flow, connected to one another.
@@ -268,7 +254,7 @@ fn assert_order(sockets: &[[UdpSocket; 2]], both_ways: bool) {
         for flow in &flows {
             scope.spawn(|| {
                 // Both directions of a pair on the same one.
-                pin(0, flow.number / 2).unwrap();
+                pin(flow.number / 2);
                 flow.send();
             });
             receivers.push(scope.spawn(|| flow.recv()));
@@ -283,15 +269,13 @@ fn assert_order(sockets: &[[UdpSocket; 2]], both_ways: bool) {
     );
 }
 
-fn flows_stay_in_order(name: &str, workers: usize) {
+fn flows_stay_in_order(name: &str, config: &str, flags: &[&str]) {
     let lab = new_lab(name);
     let registry = Registry::embedded(&lab);
-    let flag = format!("--workers={workers}");
-    let flags = [flag.as_str()];
+    let flags = [flags, &["--pin"]].concat();
     let host = (HostOptions::default(), &flags[..]);
-    let mut overlay = Overlay::start_hosts(lab, registry, CONFIG, &[host.clone(), host]);
+    let mut overlay = Overlay::start_hosts(lab, registry, config, &[host.clone(), host]);
     overlay.assert_all_reach_all();
-    overlay.daemons.iter_mut().for_each(pin_threads);
     let [one, two] = &overlay.containers[..] else {
         unreachable!()
     };
@@ -301,14 +285,26 @@ fn flows_stay_in_order(name: &str, workers: usize) {
     settle(&talking);
     assert_order(&talking, true);
     transfer(&[[(one, two); FLOWS], [(two, one); FLOWS]].concat(), 1 << 20);
+    overlay.daemons.iter_mut().for_each(Daemon::assert_running);
 }
 
 #[test]
 fn flows_stay_in_order_with_two_workers() {
-    flows_stay_in_order("order_2", 2);
+    flows_stay_in_order("order_2", CONFIG, &["--workers=2", "--io=mmsg"]);
 }
 
 #[test]
 fn flows_stay_in_order_with_four_workers() {
-    flows_stay_in_order("order_4", 4);
+    flows_stay_in_order("order_4", CONFIG, &["--workers=4", "--io=mmsg"]);
+}
+
+#[test]
+fn flows_stay_in_order_with_io_uring() {
+    flows_stay_in_order("order_uring", CONFIG, &["--workers=2", "--io=uring"]);
+}
+
+#[test]
+fn flows_stay_in_order_over_several_source_ports() {
+    let config = r#"{"Network":"10.5.0.0/16","Backend":{"Type":"udp","SourcePorts":8}}"#;
+    flows_stay_in_order("order_ports", config, &["--workers=4"]);
 }
