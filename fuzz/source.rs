@@ -35,9 +35,11 @@ impl<'a> Source<'a> {
 
     /// `len` bytes of payload, different for different `seed`.
     pub(super) fn payload(seed: u8, len: usize) -> Vec<u8> {
-        (0..len)
-            .map(|at| (at as u8).wrapping_mul(31).wrapping_add(seed))
-            .collect()
+        // A fuzzer watches each step of a loop over bytes: whole copies of the pattern are a hundred times as fast.
+        let pattern: [u8; 256] = std::array::from_fn(|at| (at as u8).wrapping_mul(31).wrapping_add(seed));
+        let mut payload = pattern.repeat(len.div_ceil(pattern.len()));
+        payload.truncate(len);
+        payload
     }
 }
 

@@ -137,7 +137,7 @@ const SEND_ERRORS: [(i32, &str); 9] = [
 pub struct PeerTraffic {
     /// Packets that the socket took for it.
     pub sent: Flow,
-    /// Packets from it that the device took.
+    /// Packets from it that were let in.
     pub received: Flow,
 }
 

@@ -143,7 +143,7 @@ impl DatagramSink for Peers {
                     Ok(index)
                 };
             }
-            let bytes: Vec<u8> = slices.by_ref().take(message.slices).flatten().copied().collect();
+            let bytes = slices.by_ref().take(message.slices).collect::<Vec<_>>().concat();
             let segment = message.segment.map_or(bytes.len(), usize::from).max(1);
             self.sent.extend(bytes.chunks(segment).map(|datagram| Sent {
                 source,
