@@ -83,6 +83,7 @@ fi
 eval "all=\${$key:-}"
 lines=
 for name in $(set | sed -n 's/^\(DOCKER_OPT_[A-Za-z0-9_]*\)=.*/\1/p' | LC_ALL=C sort -u); do
+  value=
   eval "value=\${$name:-}"
   all="$all $value"
   lines="$lines$name=\"$value\"

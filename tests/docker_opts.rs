@@ -137,8 +137,15 @@ fn mistakes_are_named_and_nothing_is_written() {
                 &["-f", "subnet.env", "-d", "docker.env", "-k", "A B"],
                 "the name of a variable",
             ),
-            (&["-f", "subnet.env", "-d", "docker.env", "-x"], "-x"),
-            (&["-f", "subnet.env", "-d", "docker.env", "word"], ""),
+            // The script shows how it is used, the program names the mistake.
+            (
+                &["-f", "subnet.env", "-d", "docker.env", "-x"],
+                if way.is_some() { "-k  the name" } else { "-x" },
+            ),
+            (
+                &["-f", "subnet.env", "-d", "docker.env", "word"],
+                if way.is_some() { "-k  the name" } else { "word" },
+            ),
         ] {
             let output = directory.run(way, options, &[]);
             let text = String::from_utf8_lossy(&output.stderr);

@@ -4,6 +4,7 @@ mod lab;
 
 use flannel::lab::{Container, Host, HostOptions, Lab, Namespace, has_program, run, wait_until};
 use lab::{CONFIG, Daemon, Overlay, PATIENCE, Registry, assert_loses, assert_reaches, inside, new_lab, ping};
+use socket2::SockRef;
 use std::{
     collections::BTreeSet,
     fs,
@@ -92,9 +93,9 @@ impl Way {
         format!("PATH={}:{}", dir.display(), std::env::var("PATH").unwrap())
     }
 
-    /// The daemon with this way.
-    fn daemon(self, lab: &Lab, host: &Host, registry: &Registry, flags: &[&str]) -> Daemon {
-        let daemon = Daemon::new(lab, host, registry).under(&["env", &self.path(lab)]);
+    /// A daemon with this way.
+    fn daemon(self, name: &str, lab: &Lab, host: &Host, registry: &Registry, flags: &[&str]) -> Daemon {
+        let daemon = Daemon::named(name, lab, host, registry).under(&["env", &self.path(lab)]);
         flags.iter().fold(daemon, |daemon, flag| daemon.with(*flag))
     }
 
@@ -106,7 +107,7 @@ impl Way {
         registry.configure(hosts[0].ns(), self.config());
         let mut daemons: Vec<Daemon> = hosts
             .iter()
-            .map(|host| self.daemon(&lab, host, &registry, flags))
+            .map(|host| self.daemon(host.name(), &lab, host, &registry, flags))
             .collect();
         daemons.iter_mut().for_each(Daemon::start);
         let containers = (1..)
@@ -153,28 +154,32 @@ fn listen(ns: &Namespace) -> UdpSocket {
     socket
 }
 
-/// Sends a datagram from a socket of its own, so that it is a connection of its own to the kernel.
-fn send(ns: &Namespace, from: Option<Ipv4Addr>, to: Ipv4Addr, content: &[u8]) {
+/// Sends a datagram from a socket of its own, so that it is a connection of its own to the kernel; to a group by `interface`.
+fn send(ns: &Namespace, from: Ipv4Addr, to: Ipv4Addr, interface: Option<Ipv4Addr>) {
     inside(ns, || {
-        let socket = UdpSocket::bind((from.unwrap_or(Ipv4Addr::UNSPECIFIED), 0)).unwrap();
-        socket.send_to(content, (to, PORT)).unwrap();
+        let socket = UdpSocket::bind((from, 0)).unwrap();
+        if let Some(interface) = interface {
+            SockRef::from(&socket).set_multicast_if_v4(&interface).unwrap();
+        }
+        socket.send_to(b"whence", (to, PORT)).unwrap();
     });
 }
 
 /// The address that a datagram arrives from. What is lost, while the peers learn of one another, is sent again.
-fn source_seen(from: &Namespace, to: &Namespace, address: Ipv4Addr) -> IpAddr {
-    source_of(from, None, &listen(to), address)
-}
-
-fn source_of(from: &Namespace, bind: Option<Ipv4Addr>, listener: &UdpSocket, address: Ipv4Addr) -> IpAddr {
+fn source_heard(listener: &UdpSocket, send: impl Fn()) -> IpAddr {
     let mut source = None;
-    wait_until(PATIENCE, &format!("a datagram to {address}"), || {
-        send(from, bind, address, b"whence");
+    wait_until(PATIENCE, "a datagram to arrive", || {
+        send();
         source = listener.recv_from(&mut [0; 16]).ok().map(|(_, from)| from.ip());
         source.is_some()
     })
     .unwrap();
     source.unwrap()
+}
+
+/// The same from one namespace to an address in another.
+fn source_seen(from: &Namespace, to: &Namespace, address: Ipv4Addr) -> IpAddr {
+    source_heard(&listen(to), || send(from, Ipv4Addr::UNSPECIFIED, address, None))
 }
 
 #[test]
@@ -219,18 +224,17 @@ fn multicast_and_what_kube_proxy_has_marked_are_left_alone() {
         let group = Ipv4Addr::new(239, 1, 2, 3);
         let listener = listen(outside.ns());
         listener.join_multicast_v4(&group, &outside.ip()).unwrap();
-        host.ns().ip("route add 239.0.0.0/8 dev eth0").unwrap();
-        let inside_the_overlay = overlay.daemons[0].subnet().subnet.addr();
-        let source = source_of(host.ns(), Some(inside_the_overlay), &listener, group);
-        assert_eq!(source, inside_the_overlay, "{way:?}: multicast");
+        let bridge = overlay.daemons[0].subnet().subnet.addr();
+        let source = source_heard(&listener, || send(host.ns(), bridge, group, Some(host.ip())));
+        assert_eq!(source, bridge, "{way:?}: multicast");
         // The same address to one receiver is masqueraded: it was the group that mattered.
-        let source = source_of(host.ns(), Some(inside_the_overlay), &listener, outside.ip());
+        let source = source_heard(&listener, || send(host.ns(), bridge, outside.ip(), None));
         assert_eq!(source, host.ip(), "{way:?}: unicast");
 
         let mark = match way {
-            Way::Nftables => "nft add table ip mark
-                 nft add chain ip mark prerouting '{ type filter hook prerouting priority -150; }'
-                 nft add rule ip mark prerouting udp dport 7000 meta mark set 0x4001"
+            Way::Nftables => "nft add table ip marks
+                 nft add chain ip marks prerouting '{ type filter hook prerouting priority -150; }'
+                 nft add rule ip marks prerouting udp dport 7000 meta mark set 0x4001"
                 .to_owned(),
             _ => format!(
                 "{} -t mangle -A PREROUTING -p udp --dport 7000 -j MARK --set-mark 0x4001",
@@ -238,7 +242,7 @@ fn multicast_and_what_kube_proxy_has_marked_are_left_alone() {
             ),
         };
         sh(host.ns(), &mark);
-        let source = source_of(&c1.ns, None, &listener, outside.ip());
+        let source = source_heard(&listener, || send(&c1.ns, Ipv4Addr::UNSPECIFIED, outside.ip(), None));
         assert_eq!(source, c1.ip, "{way:?}: marked");
     }
 }
@@ -264,7 +268,13 @@ fn forwarded_packets_pass_under_a_drop_policy() {
 
         for (daemon, host) in overlay.daemons.iter_mut().zip(&overlay.hosts) {
             daemon.stop();
-            *daemon = way.daemon(&overlay.lab, host, &overlay.registry, &[NO_RESYNC]);
+            *daemon = way.daemon(
+                &format!("{}_again", host.name()),
+                &overlay.lab,
+                host,
+                &overlay.registry,
+                &[NO_RESYNC],
+            );
             daemon.start_and_wait();
         }
         if way == Way::Nftables {
@@ -298,7 +308,7 @@ fn rules_that_are_removed_or_changed_are_put_back_in_order() {
         let registry = Registry::embedded(&lab);
         let host = lab.host("h1").unwrap();
         registry.configure(host.ns(), way.config());
-        let mut daemon = way.daemon(&lab, &host, &registry, &["--ip-masq", RESYNC]);
+        let mut daemon = way.daemon("h1", &lab, &host, &registry, &["--ip-masq", RESYNC]);
         daemon.start_and_wait();
         let whole = way.ours(host.ns());
         assert!(whole.len() >= 8, "{way:?}: {whole:#?}");
@@ -362,7 +372,7 @@ fn rules_of_an_earlier_network_and_of_another_program_go_and_stay_till_then() {
         let registry = Registry::embedded(&lab);
         let host = lab.host("h1").unwrap();
         registry.configure(host.ns(), before.config());
-        let mut daemon = before.daemon(&lab, &host, &registry, &["--ip-masq", NO_RESYNC]);
+        let mut daemon = before.daemon("before", &lab, &host, &registry, &["--ip-masq", NO_RESYNC]);
         daemon.start_and_wait();
         let old = before.ours(host.ns());
         daemon.stop();
@@ -370,7 +380,7 @@ fn rules_of_an_earlier_network_and_of_another_program_go_and_stay_till_then() {
 
         let config = after.config().replace("10.5.0.0", "10.9.0.0");
         registry.flanneld(host.ns(), &["network", "set", "--force", &config]);
-        let mut daemon = after.daemon(&lab, &host, &registry, &["--ip-masq", NO_RESYNC]);
+        let mut daemon = after.daemon("after", &lab, &host, &registry, &["--ip-masq", NO_RESYNC]);
         daemon.start_and_wait();
         for way in &ways {
             let ours = way.ours(host.ns()).join("\n");
@@ -382,7 +392,7 @@ fn rules_of_an_earlier_network_and_of_another_program_go_and_stay_till_then() {
         assert_eq!(matching, 7, "{before:?}, {after:?}: {new:#?}");
         daemon.stop();
 
-        let mut daemon = after.daemon(&lab, &host, &registry, &["--iptables-forward-rules=false"]);
+        let mut daemon = after.daemon("none", &lab, &host, &registry, &["--iptables-forward-rules=false"]);
         daemon.start_and_wait();
         for way in &ways {
             let nobody: [&str; 0] = [];
@@ -473,11 +483,11 @@ fn both_families_of_a_dual_stack_network_have_rules() {
         let host = lab.host("h1").unwrap();
         let nft = way == Way::Nftables;
         registry.configure(host.ns(), &format!("{{{config},\"EnableNFTables\":{nft}}}"));
-        let mut daemon = way.daemon(&lab, &host, &registry, &["--ip-masq", RESYNC]);
+        let mut daemon = way.daemon("h1", &lab, &host, &registry, &["--ip-masq", RESYNC]);
         daemon.start_and_wait();
         let (see, destroy) = match way {
             Way::Nftables => (
-                "nft list table ip6 flannel-ipv6".to_owned(),
+                "nft list table ip6 flannel-ipv6 2>/dev/null || true".to_owned(),
                 "nft delete table ip6 flannel-ipv6".to_owned(),
             ),
             _ => {
