@@ -37,10 +37,7 @@ use crate::{
         watch::{self as lease_watch, PeerSet, Revoked},
     },
     network::{self, LoadError, Network},
-    observe::{
-        health::{self, Readiness},
-        outage::Outage,
-    },
+    observe::{board::Board, health, outage::Outage, registry::Observed, socket},
     registry::Registry,
     subnet_file::{Previous, Share, SubnetFile, WriteError},
 };
@@ -61,8 +58,10 @@ pub struct Settings {
     pub subnet_file: PathBuf,
     /// How much of the lease's time is left when it is renewed.
     pub renew_margin: Duration,
-    /// Where `/healthz` and `/readyz` answer.
+    /// Where `/healthz`, `/readyz` and `/metrics` answer.
     pub health: Option<SocketAddr>,
+    /// Where `flanneld status` asks.
+    pub status_socket: PathBuf,
     /// For the `udp` backend.
     pub udp: udp::Options,
 }
@@ -121,7 +120,9 @@ pub enum Error {
 ///
 /// # Errors
 /// What the daemon cannot mend by waiting. An unreachable registry or a missing configuration is not among them.
-pub async fn run(settings: Settings) -> Result<(), Error> {
+pub async fn run(mut settings: Settings) -> Result<(), Error> {
+    let board = Board::new(settings.registry.describe());
+    settings.registry = Arc::new(Observed::new(settings.registry, board.clone()));
     let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signal)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signal)?;
     let mut presence = None;
@@ -129,7 +130,7 @@ pub async fn run(settings: Settings) -> Result<(), Error> {
     let outcome = tokio::select! {
         _ = terminate.recv() => stopping("SIGTERM"),
         _ = interrupt.recv() => stopping("SIGINT"),
-        ended = serve(&settings, &mut presence) => ended,
+        ended = serve(&settings, &board, &mut presence) => ended,
     };
     tell_supervisor(NotifyState::Stopping);
     if let Some(presence) = presence {
@@ -144,36 +145,47 @@ fn stopping(signal: &str) -> Result<(), Error> {
     Ok(())
 }
 
-async fn serve(settings: &Settings, presence: &mut Option<Presence>) -> Result<(), Error> {
+async fn serve(settings: &Settings, board: &Board, presence: &mut Option<Presence>) -> Result<(), Error> {
     // Not only when the device is made: this host's lease would have been taken by then.
     if !kernel::may_administer() {
         return Err(Error::Unprivileged);
     }
     let registry = &*settings.registry;
-    let readiness = Readiness::default();
     if let Some(address) = settings.health {
-        health::serve(address, readiness.clone()).await?;
+        health::serve(address, board.clone()).await?;
     }
+    // Whoever cannot be asked how it is can work all the same.
+    let _status = socket::Server::open(&settings.status_socket, board.clone())
+        .inspect_err(|error| warn!("{error}; `flanneld status` will not work"));
     let external = external::choose(&mut Kernel::open()?, &settings.external)?;
     info!(
         "external interface {} (address {}, MTU {}), PublicIP {}",
         external.name, external.address, external.mtu, external.public_ip
     );
+    board.external(&external);
+    board.waiting_for("the network's configuration");
     let network = configuration(registry).await?;
     warn_of_overlap(&network, &external);
     let (failures, mut failed) = mpsc::unbounded_channel();
     let mut backend = backend_of(&network, &external, settings, failures)?;
+    board.waiting_for("this host's PublicIP to be free");
     let presence = claim(&settings.registry, external.public_ip, presence).await?;
     let mut present = pin!(keep_presence(presence));
+    board.waiting_for("a lease");
     let own = tokio::select! {
         own = lease(settings, &network, &external, &*backend) => own?,
         lost = &mut present => return Err(lost.into()),
     };
+    board.lease(&own.lease, own.left);
     backend.start(&network, &own.lease)?;
+    if let Some(report) = backend.report() {
+        board.backend(report);
+    }
+    board.waiting_for("the other hosts' leases");
 
     let (publish, mut peers) = watch::channel(None);
     let mut watching = pin!(lease_watch::watch(registry, &own.lease, &publish));
-    let mut keeping = pin!(keep_lease(registry, &own, settings.renew_margin));
+    let mut keeping = pin!(keep_lease(registry, &own, settings.renew_margin, board));
     let mut ready = false;
     loop {
         tokio::select! {
@@ -185,10 +197,11 @@ async fn serve(settings: &Settings, presence: &mut Option<Presence>) -> Result<(
                 let latest: Option<Arc<PeerSet>> = peers.borrow_and_update().clone();
                 let Some(latest) = latest else { continue };
                 backend.apply(&latest)?;
+                board.peers(Arc::clone(&latest));
                 if !ready {
                     ready = true;
                     write_subnet_file(settings, &network, &own, backend.mtu())?;
-                    readiness.set();
+                    board.ready();
                     tell_supervisor(NotifyState::Ready);
                     info!("ready: subnet {}, {} peer(s)", own.lease.subnets.to_cidrs(), latest.len());
                 }
@@ -323,9 +336,9 @@ async fn lease(
     }
 }
 
-async fn keep_lease(registry: &dyn Registry, own: &Own, margin: Duration) {
+async fn keep_lease(registry: &dyn Registry, own: &Own, margin: Duration, board: &Board) {
     if let (Some(ttl), Some(left)) = (own.lease.ttl, own.left) {
-        keep::keep(registry, ttl, left, margin).await;
+        keep::keep(registry, ttl, left, margin, |left| board.renewed(left)).await;
     }
     // A reservation needs no keeping; of a lease that ran out the watch tells.
     pending().await

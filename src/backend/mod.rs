@@ -4,6 +4,7 @@
 //! difference. [`udp`] carries the packets itself, with the [engine](crate::engine).
 
 pub mod udp;
+mod udp_report;
 
 use std::io;
 
@@ -11,6 +12,7 @@ use crate::{
     kernel,
     lease::{record::Lease, watch::PeerSet},
     network::{BackendKind, Network},
+    observe::board::Report,
 };
 
 /// Whether this version has the backend; a daemon refuses a configuration with another.
@@ -37,6 +39,9 @@ pub trait Backend: Send {
     /// # Errors
     /// When the kernel refuses.
     fn apply(&mut self, peers: &PeerSet) -> Result<(), Error>;
+
+    /// What tells of the backend's doings, from any thread, also when the backend is gone; once it has started.
+    fn report(&self) -> Option<Report>;
 }
 
 /// Why a backend cannot work.

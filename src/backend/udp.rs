@@ -7,6 +7,7 @@ use std::{
     io,
     net::{Ipv4Addr, SocketAddr, UdpSocket},
     num::NonZeroUsize,
+    sync::{Arc, Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -25,6 +26,7 @@ use crate::{
     kernel::{Kernel, external::External},
     lease::{record::Lease, watch::PeerSet},
     network::{self, BackendKind, Network, SourceCheck},
+    observe::board::Report,
     route_table::{Peer, RouteTable, Routes},
     sys::{
         tun::{self, Tun, TunOffload},
@@ -32,7 +34,10 @@ use crate::{
     },
 };
 
-use super::{Backend, Error};
+use super::{
+    Backend, Error,
+    udp_report::{Facts, overflow},
+};
 
 /// The kernel puts the first free number in.
 const DEVICE: &str = "flannel%d";
@@ -108,13 +113,18 @@ pub struct Udp {
     workers: usize,
     mtu: u32,
     routes: Routes,
-    peers: PeerIds,
+    peers: Arc<Mutex<PeerIds>>,
     failures: UnboundedSender<String>,
     /// For each worker, until the engine takes them.
     sockets: Vec<Vec<UdpSocket>>,
-    /// The device's name once there is one.
-    device: Option<String>,
-    engine: Option<Engine>,
+    running: Option<Running>,
+}
+
+/// What there is once the device is set up.
+struct Running {
+    /// Stops when it is dropped.
+    _engine: Engine,
+    facts: Arc<Facts>,
 }
 
 impl Udp {
@@ -160,11 +170,10 @@ impl Udp {
             workers,
             mtu,
             routes: Routes::default(),
-            peers: PeerIds::default(),
+            peers: Arc::default(),
             failures,
             sockets,
-            device: None,
-            engine: None,
+            running: None,
         })
     }
 
@@ -259,13 +268,21 @@ impl Backend for Udp {
             self.configuration.port,
             self.external.name,
         );
-        self.device = Some(device.name);
-        self.engine = Some(engine);
+        let facts = Arc::new(Facts {
+            device: device.name,
+            mtu: self.mtu,
+            way,
+            options: self.options,
+            observer: engine.observer().clone(),
+            peers: Arc::clone(&self.peers),
+        });
+        self.running = Some(Running { _engine: engine, facts });
         Ok(())
     }
 
     fn apply(&mut self, peers: &PeerSet) -> Result<(), Error> {
-        let (port, ids) = (self.configuration.port, &mut self.peers);
+        let port = self.configuration.port;
+        let mut ids = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
         let routes = peers.values().flat_map(|lease| {
             let host = lease.value.public_ip.into();
             let peer = Peer {
@@ -278,19 +295,23 @@ impl Backend for Udp {
         self.routes.publish(table);
         Ok(())
     }
+
+    fn report(&self) -> Option<Report> {
+        let facts = Arc::clone(&self.running.as_ref()?.facts);
+        Some(Arc::new(move || facts.report()))
+    }
 }
 
 impl Drop for Udp {
     fn drop(&mut self) {
-        let (Some(engine), Some(device)) = (&self.engine, &self.device) else {
+        let Some(Running { facts, .. }) = &self.running else {
             return;
         };
-        // A device that is gone, or a kernel that does not answer, leaves that number out.
-        let overflow = Kernel::open().ok().and_then(|mut kernel| kernel.dropped(device).ok());
-        let overflow = overflow.map_or(String::new(), |packets| {
+        let device = &facts.device;
+        let overflow = overflow(device).map_or(String::new(), |packets| {
             format!("; {device}'s queue overflowed {packets} times")
         });
-        info!("{}{overflow}", engine.snapshot().summary());
+        info!("{}{overflow}", facts.observer.snapshot().summary());
     }
 }
 

@@ -8,6 +8,7 @@ pub mod leases;
 pub mod network;
 mod registry_args;
 mod run_args;
+pub mod status;
 mod table;
 
 use std::{
@@ -30,6 +31,7 @@ pub use self::{
     network::NetworkArgs,
     registry_args::{OpenError, RegistryArgs, Secret},
     run_args::{RunArgs, Workers},
+    status::StatusArgs,
 };
 
 use crate::{daemon, observe, registry::Registry};
@@ -82,6 +84,8 @@ pub enum Action {
     Network(NetworkArgs),
     /// Show, reserve and release the hosts' subnets
     Leases(LeasesArgs),
+    /// Show what this host's daemon is doing
+    Status(StatusArgs),
     /// Build a network of several hosts on this machine and try it out
     Demo(DemoArgs),
 }
@@ -176,6 +180,7 @@ pub fn execute(invocation: Invocation) -> ExitCode {
         Action::Demo(args) => {
             return demo::run(&args).map_or_else(|error| failed(&error, error.exit_code()), |()| ExitCode::SUCCESS);
         }
+        Action::Status(args) => status::run(&args, &mut io::stdout()).map_err(Into::into),
         Action::Run(args) => with_registry(invocation.registry, async |registry| {
             for flag in args.without_effect() {
                 warn!("this version does not act on {flag}");
