@@ -467,6 +467,25 @@ mod tests {
     }
 
     #[test]
+    fn what_the_dashboard_and_the_alerts_look_at_is_there() {
+        let text = render(&status(2));
+        let files = [
+            include_str!("../../docs/monitoring/alerts.yml"),
+            include_str!("../../docs/monitoring/dashboard.json"),
+        ];
+        let name = regex::Regex::new(r"\bflannel_[a-z_]+").unwrap();
+        let names: Vec<&str> = files
+            .iter()
+            .flat_map(|file| name.find_iter(file))
+            .map(|found| found.as_str())
+            .collect();
+        assert!(names.len() > 20, "{names:?}");
+        for name in names {
+            assert!(text.contains(&format!("# TYPE {name} ")), "no metric is called {name}");
+        }
+    }
+
+    #[test]
     fn only_the_busiest_peers_have_series_of_their_own() {
         let text = render(&status(600));
         let series = text
