@@ -13,7 +13,8 @@ use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage as Message,
     neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState},
     route::{
-        RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType, RouteVia,
+        RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+        RouteVia,
     },
 };
 
@@ -188,7 +189,9 @@ impl Kernel {
             // The very route is there, but behind another one to the same destinations, as `ip route append` makes them:
             // the kernel does not move it to the front.
             if let Operation::PutRoute(route) = operation
-                && answer.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EEXIST))
+                && answer
+                    .as_ref()
+                    .is_err_and(|error| error.raw_os_error() == Some(libc::EEXIST))
             {
                 let again = [Operation::RemoveRoute(*route), *operation];
                 let again = self.netlink.batch(again.iter().map(Operation::request));
@@ -267,13 +270,19 @@ impl Route {
             protocol: RouteProtocol::from(protocol),
             scope,
             kind: RouteType::Unicast,
-            flags: if self.onlink { RouteFlags::Onlink } else { RouteFlags::empty() },
+            flags: if self.onlink {
+                RouteFlags::Onlink
+            } else {
+                RouteFlags::empty()
+            },
             ..RouteHeader::default()
         };
         let attributes = &mut message.attributes;
         attributes.push(RouteAttribute::Destination(self.to.network().into()));
         match self.via {
-            Some(via) if via.is_ipv4() == self.to.addr().is_ipv4() => attributes.push(RouteAttribute::Gateway(via.into())),
+            Some(via) if via.is_ipv4() == self.to.addr().is_ipv4() => {
+                attributes.push(RouteAttribute::Gateway(via.into()))
+            }
             Some(IpAddr::V4(via)) => attributes.push(RouteAttribute::Via(RouteVia::Inet(via))),
             Some(IpAddr::V6(via)) => attributes.push(RouteAttribute::Via(RouteVia::Inet6(via))),
             None => {}

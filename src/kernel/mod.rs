@@ -118,7 +118,13 @@ impl Kernel {
             .netlink
             .dump(Message::GetLink(LinkMessage::default()))
             .map_err(tried("cannot list the network interfaces"))?;
-        let mut links: Vec<Link> = replies.iter().filter_map(link_of).collect();
+        let mut links: Vec<Link> = replies
+            .iter()
+            .filter_map(|reply| match reply {
+                Message::NewLink(message) => Some(link_of(message)),
+                _ => None,
+            })
+            .collect();
         links.sort_by_key(|link| link.index);
         self.add_addresses(links.iter_mut())?;
         Ok(links)
@@ -131,7 +137,11 @@ impl Kernel {
             .dump(Message::GetAddress(AddressMessage::default()))
             .map_err(tried("cannot list the addresses of the network interfaces"))?;
         let mut by_link: HashMap<u32, Vec<IpNet>> = HashMap::new();
-        for (index, address) in replies.iter().filter_map(address_of) {
+        let addresses = replies.iter().filter_map(|reply| match reply {
+            Message::NewAddress(message) => address_of(message),
+            _ => None,
+        });
+        for (index, address) in addresses {
             by_link.entry(index).or_default().push(address);
         }
         for link in links {
@@ -432,10 +442,7 @@ fn lookup(destination: IpAddr) -> Message {
     Message::GetRoute(message)
 }
 
-fn link_of(message: &Message) -> Option<Link> {
-    let Message::NewLink(message) = message else {
-        return None;
-    };
+fn link_of(message: &LinkMessage) -> Link {
     let flags = message.header.flags;
     let mut link = Link {
         index: message.header.index,
@@ -456,13 +463,10 @@ fn link_of(message: &Message) -> Option<Link> {
             _ => {}
         }
     }
-    Some(link)
+    link
 }
 
-fn address_of(message: &Message) -> Option<(u32, IpNet)> {
-    let Message::NewAddress(message) = message else {
-        return None;
-    };
+fn address_of(message: &AddressMessage) -> Option<(u32, IpNet)> {
     // IFA_LOCAL is this end's address of a point-to-point link, where IFA_ADDRESS is the other end's; IPv6 has only the
     // latter unless there is a peer (if_addr.h).
     let mut address = None;

@@ -6,12 +6,13 @@ use ipnet::IpNet;
 use netlink_packet_core::NetlinkPayload;
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage as Message,
+    address::AddressMessage,
     link::LinkMessage,
     neighbour::NeighbourMessage,
-    route::{RouteHeader, RouteMessage, RouteType},
+    route::{RouteFlags, RouteHeader, RouteMessage},
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
-use tokio::io::unix::AsyncFd;
+use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
     Kernel, address_of,
@@ -116,8 +117,11 @@ impl Monitor {
         for group in GROUPS {
             socket.add_membership(group)?;
         }
+        // Its successor is unsafe, because a type may give a descriptor that it does not own; this one owns it.
+        #[allow(deprecated)]
+        let socket = AsyncFd::with_interest(socket, Interest::READABLE)?;
         Ok(Self {
-            socket: AsyncFd::new(socket)?,
+            socket,
             ignored: None,
             buffer: Vec::with_capacity(DATAGRAM),
         })
@@ -141,7 +145,9 @@ impl Monitor {
             // Nothing awaits from here on.
             for _ in 0..AT_ONCE {
                 match receive(self.socket.get_ref(), &mut self.buffer) {
-                    Ok(()) => changes.extend(Messages(&self.buffer).filter_map(|message| change(message, self.ignored))),
+                    Ok(()) => {
+                        changes.extend(Messages(&self.buffer).filter_map(|message| change(message, self.ignored)))
+                    }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                         ready.clear_ready();
                         break;
@@ -173,14 +179,54 @@ fn change(Received { header, payload }: Received, ignored: Option<u32>) -> Optio
         None => return Some(Change::Lost),
     };
     match &message {
-        Message::NewLink(_) => link_change(&message, false),
-        Message::DelLink(link) => link_change(&Message::NewLink(link.clone()), true),
-        Message::NewAddress(_) => address_change(&message, false),
-        Message::DelAddress(address) => address_change(&Message::NewAddress(address.clone()), true),
+        Message::NewLink(link) => link_change(link, false),
+        Message::DelLink(link) => link_change(link, true),
+        Message::NewAddress(address) => address_change(address, false),
+        Message::DelAddress(address) => address_change(address, true),
         Message::NewRoute(route) => route_change(route, false),
         Message::DelRoute(route) => route_change(route, true),
         Message::NewNeighbour(neighbour) => neighbour_change(neighbour, false),
         Message::DelNeighbour(neighbour) => neighbour_change(neighbour, true),
         _ => None,
     }
+}
+
+fn link_change(message: &LinkMessage, gone: bool) -> Option<Change> {
+    // Of another family is what a bridge tells of its ports: its RTM_DELLINK means that the link has left the bridge.
+    if message.header.interface_family != AddressFamily::Unspec {
+        return None;
+    }
+    let link = link_of(message);
+    Some(Change::Link {
+        index: link.index,
+        name: link.name,
+        up: link.up,
+        mtu: link.mtu,
+        gone,
+    })
+}
+
+fn address_change(message: &AddressMessage, gone: bool) -> Option<Change> {
+    let (link, address) = address_of(message)?;
+    Some(Change::Address { link, address, gone })
+}
+
+fn route_change(message: &RouteMessage, gone: bool) -> Option<Change> {
+    if message.header.table != RouteHeader::RT_TABLE_MAIN || message.header.flags.contains(RouteFlags::Cloned) {
+        return None;
+    }
+    let found = FoundRoute::of(message)?;
+    Some(Change::Route { found, gone })
+}
+
+fn neighbour_change(message: &NeighbourMessage, gone: bool) -> Option<Change> {
+    if message.header.family == AddressFamily::Bridge {
+        let found = FoundFdbEntry::of(message)?;
+        return Some(Change::Fdb { found, gone });
+    }
+    Some(Change::Neighbour {
+        link: message.header.ifindex,
+        address: neighbour_address(message)?,
+        now: FoundNeighbour::of(message).filter(|_| !gone),
+    })
 }

@@ -9,8 +9,7 @@ use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::{
     RouteNetlinkMessage as Message,
     link::{
-        AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkInfo,
-        LinkMessage,
+        AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage,
     },
 };
 use tracing::warn;
@@ -75,7 +74,13 @@ impl Kernel {
             .netlink
             .dump(Message::GetLink(message))
             .map_err(tried("cannot list the VXLAN devices"))?;
-        let mut links: Vec<VxlanLink> = replies.iter().filter_map(vxlan_of).collect();
+        let mut links: Vec<VxlanLink> = replies
+            .iter()
+            .filter_map(|reply| match reply {
+                Message::NewLink(message) => vxlan_of(message),
+                _ => None,
+            })
+            .collect();
         links.sort_by_key(|vxlan| vxlan.link.index);
         self.add_addresses(links.iter_mut().map(|vxlan| &mut vxlan.link))?;
         Ok(links)
@@ -148,11 +153,7 @@ impl VxlanSpec {
     }
 }
 
-fn vxlan_of(message: &Message) -> Option<VxlanLink> {
-    let link = link_of(message)?;
-    let Message::NewLink(message) = message else {
-        return None;
-    };
+fn vxlan_of(message: &LinkMessage) -> Option<VxlanLink> {
     let data = message.attributes.iter().find_map(|attribute| match attribute {
         LinkAttribute::LinkInfo(infos) => infos.iter().find_map(|info| match info {
             LinkInfo::Data(InfoData::Vxlan(data)) => Some(data),
@@ -162,7 +163,7 @@ fn vxlan_of(message: &Message) -> Option<VxlanLink> {
     })?;
     // The kernel's words for "none": no parent is 0 or left out, no local address is left out.
     let mut vxlan = VxlanLink {
-        link,
+        link: link_of(message),
         vni: Vni::new(0)?,
         parent: None,
         local: None,
