@@ -1,9 +1,9 @@
 //! The run: from the network's configuration to packets that flow, and back down again.
 //!
 //! In this order, as the original: choose the external interface, wait for the configuration, claim the PublicIP and take the
-//! lease, set up the backend's device, serve the first picture of the peers, write the subnet file, say that we are ready;
-//! then follow the leases, the kernel and the external interface until a signal comes, this host's lease is gone, or another
-//! host has its PublicIP. SIGTERM and SIGINT end it at any point.
+//! lease, set up the backend's device, put the traffic rules in place and serve the first picture of the peers, write the subnet
+//! file, say that we are ready; then follow the leases, the kernel and the external interface until a signal comes, this
+//! host's lease is gone, or another host has its PublicIP. SIGTERM and SIGINT end it at any point.
 
 mod pace;
 
@@ -21,7 +21,7 @@ use std::{
 use sd_notify::NotifyState;
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::{mpsc, watch},
+    sync::{mpsc, oneshot, watch},
     time::{Instant, sleep, sleep_until, timeout},
 };
 use tracing::{info, warn};
@@ -44,6 +44,7 @@ use crate::{
     network::{self, BackendKind, LoadError, Network},
     observe::{board::Board, health, outage::Outage, registry::Observed, socket},
     registry::{Registry, TtlId},
+    rules::{self, Keeper, Mechanism},
     subnet_file::{Previous, Share, SubnetFile, WriteError},
 };
 
@@ -69,6 +70,8 @@ pub struct Settings {
     pub health: Option<SocketAddr>,
     /// Where `flanneld status` asks.
     pub status_socket: PathBuf,
+    /// Which traffic rules to keep.
+    pub rules: rules::Options,
     /// For the `udp` backend.
     pub udp: udp::Options,
 }
@@ -94,6 +97,9 @@ pub enum Error {
     /// The backend does not work.
     #[error(transparent)]
     Backend(#[from] backend::Error),
+    /// No traffic rules.
+    #[error(transparent)]
+    Rules(#[from] rules::Error),
     /// A worker of the engine has stopped.
     #[error("the packet engine has failed: {0}")]
     Engine(String),
@@ -170,6 +176,7 @@ async fn serve(settings: &Settings, board: &Board, slot: &PresenceSlot) -> Resul
     board.waiting_for("the network's configuration");
     let network = configuration(registry).await?;
     warn_of_overlap(&network, &external);
+    let mechanism = Mechanism::choose(&settings.rules, &network).await?;
     let previous = previous(settings);
     // Before anything is looked at: what changes from then on is told.
     let mut monitor = Monitor::open().map_err(Error::Monitor)?;
@@ -188,7 +195,6 @@ async fn serve(settings: &Settings, board: &Board, slot: &PresenceSlot) -> Resul
     board.lease(&own.lease, own.left);
     leftovers::remove(&mut kernel, &overlays, network.backend())?;
     backend.start(&network, &own.lease)?;
-    board.waiting_for("the other hosts' leases");
 
     let addresses = OwnAddresses::new(own.lease.value.public_ip);
     let (publish, mut peers) = watch::channel(None);
@@ -200,6 +206,9 @@ async fn serve(settings: &Settings, board: &Board, slot: &PresenceSlot) -> Resul
         settings.renew_margin,
         board
     ));
+    let (in_place, mut rules_in_place) = oneshot::channel();
+    let rules = Keeper::new(settings.rules, mechanism, &network, &own.lease.subnets);
+    let mut ruling = pin!(rules.keep(in_place));
     let mut moving: MovingLease = Box::pin(pending());
     let mut run = Run {
         settings,
@@ -210,11 +219,13 @@ async fn serve(settings: &Settings, board: &Board, slot: &PresenceSlot) -> Resul
         lease: own.lease,
         peers: None,
         board,
+        ruled: false,
         ready: false,
         interface: Outage::of("following the external interface"),
         pace: Pace::new(Instant::now()),
     };
     run.tell_of_backend();
+    run.become_ready()?;
     loop {
         let (at, look) = run.pace.next(run.backend.recheck_after());
         tokio::select! {
@@ -226,6 +237,11 @@ async fn serve(settings: &Settings, board: &Board, slot: &PresenceSlot) -> Resul
                 run.peers = peers.borrow_and_update().clone();
                 run.apply()?;
             }
+            Ok(()) = &mut rules_in_place, if !run.ruled => {
+                run.ruled = true;
+                run.become_ready()?;
+            }
+            never = &mut ruling => match never {},
             changes = monitor.next() => run.notice(&changes.map_err(Error::Monitor)?),
             () = sleep_until(at) => {
                 if let Some(value) = run.look(look)? {
@@ -275,6 +291,8 @@ struct Run<'a> {
     /// `None` until the registry has told.
     peers: Option<Arc<PeerSet>>,
     board: &'a Board,
+    /// Whether the traffic rules are in place.
+    ruled: bool,
     ready: bool,
     /// The external interface's coming and going.
     interface: Outage,
@@ -287,13 +305,23 @@ impl Run<'_> {
         let Some(peers) = &self.peers else { return Ok(()) };
         self.backend.apply(peers)?;
         self.board.peers(Arc::clone(peers));
-        if !self.ready {
-            self.ready = true;
-            self.write_subnet_file()?;
-            self.board.ready();
-            tell_supervisor(NotifyState::Ready);
-            let subnets = self.lease.subnets.to_cidrs();
-            info!("ready: subnet {subnets}, {} peer(s)", peers.len());
+        self.become_ready()
+    }
+
+    /// Lets packets come, once the rules and the first picture of the peers are in place.
+    fn become_ready(&mut self) -> Result<(), Error> {
+        match &self.peers {
+            None => self.board.waiting_for("the other hosts' leases"),
+            Some(_) if !self.ruled => self.board.waiting_for("the traffic rules"),
+            Some(peers) if !self.ready => {
+                self.ready = true;
+                self.write_subnet_file()?;
+                self.board.ready();
+                tell_supervisor(NotifyState::Ready);
+                let subnets = self.lease.subnets.to_cidrs();
+                info!("ready: subnet {subnets}, {} peer(s)", peers.len());
+            }
+            Some(_) => {}
         }
         Ok(())
     }
@@ -385,8 +413,7 @@ impl Run<'_> {
                 subnet,
             }),
             mtu: self.backend.mtu(),
-            // This version installs no masquerade rules: Docker is to do it.
-            ip_masq: false,
+            ip_masq: self.settings.rules.masquerade,
         };
         file.write_atomically(&self.settings.subnet_file)?;
         info!("wrote {}", self.settings.subnet_file.display());
