@@ -11,7 +11,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use super::{
     Overlays,
@@ -149,6 +149,12 @@ impl Programming {
                         self.trouble = true;
                     }
                 }
+            }
+            if repairing {
+                info!(
+                    "put {} entries of the kernel right, which others had changed",
+                    operations.len()
+                );
             }
             debug!("{} operations for {} subnets", operations.len(), desired.len());
         }

@@ -56,8 +56,8 @@ pub struct Vxlan {
     address: Option<IpNet>,
     /// The device's index while it is known to be as it should be.
     device: Option<u32>,
-    /// Whether it was once: what is put right from then on was changed by others.
-    running: bool,
+    /// Whether it was so, by what this daemon knows now: what is put right from then on was changed by others.
+    settled: bool,
     programming: Programming,
     complaints: Complaints,
     /// Those that are found by looking at the device, which is not done each time.
@@ -79,7 +79,7 @@ impl Vxlan {
             mac: Mac::random_local(),
             address: None,
             device: None,
-            running: false,
+            settled: false,
             programming: Programming::new(Kernel::open()?, overlays),
             complaints: Complaints::default(),
             device_complaints: Complaints::default(),
@@ -136,31 +136,29 @@ impl Vxlan {
             return Ok(index);
         }
         let spec = self.spec();
-        let found = match self.find()? {
+        let (found, made) = match self.find()? {
             Some(found) => match difference(&spec, &found) {
-                None => found,
+                None => (found, false),
                 Some(difference) => {
                     info!("making {} anew: {difference}", self.name);
                     self.programming.kernel().remove_link(found.link.index)?;
-                    self.add(&spec)?
+                    (self.add(&spec)?, true)
                 }
             },
-            None => {
-                self.count_repair("device");
-                self.add(&spec)?
-            }
+            None => (self.add(&spec)?, true),
         };
-        self.put_right(&found)?;
+        let put_right = self.put_right(&found)?;
+        if self.settled {
+            let changed = if made { vec!["device"] } else { put_right };
+            changed
+                .into_iter()
+                .for_each(|what| self.programming.repairs().count(what));
+        }
         let index = found.link.index;
         self.programming.set_device(index);
         self.device = Some(index);
+        self.settled = self.address.is_some();
         Ok(index)
-    }
-
-    fn count_repair(&self, what: &'static str) {
-        if self.running {
-            self.programming.repairs().count(what);
-        }
     }
 
     fn add(&mut self, spec: &VxlanSpec) -> Result<VxlanLink, Error> {
@@ -200,33 +198,36 @@ impl Vxlan {
         self.find()?.ok_or_else(|| Error::VxlanGone(spec.name.clone()))
     }
 
-    /// What can be changed while packets flow.
-    fn put_right(&mut self, found: &VxlanLink) -> Result<(), Error> {
+    /// What can be changed while packets flow; what of it was not as it should be.
+    fn put_right(&mut self, found: &VxlanLink) -> Result<Vec<&'static str>, Error> {
         let (index, mac, mtu) = (found.link.index, self.mac, self.mtu);
+        let kernel = self.programming.kernel();
+        let mut put_right = Vec::new();
         if found.link.mac != Some(mac) {
             // The other hosts send to the one that they know.
             info!("setting the MAC of {} back to {mac}", self.name);
-            self.programming.kernel().set_mac(index, mac)?;
-            self.count_repair("mac");
+            kernel.set_mac(index, mac)?;
+            put_right.push("mac");
         }
-        let kernel = self.programming.kernel();
         if found.link.mtu != mtu {
             kernel.set_mtu(index, mtu)?;
+            put_right.push("mtu");
         }
         if let Some(address) = self.address {
             for other in &found.link.addresses {
                 if *other != address && self.overlays.contain(other) {
                     kernel.remove_address(index, *other)?;
+                    put_right.push("address");
                 }
             }
             if !found.link.addresses.contains(&address) {
                 kernel.add_address(index, address)?;
-                self.count_repair("address");
+                put_right.push("address");
             }
         }
         if !found.link.up {
-            self.programming.kernel().set_up(index)?;
-            self.count_repair("link");
+            kernel.set_up(index)?;
+            put_right.push("link");
         }
         if !self.configuration.tx_checksum
             && let Err(error) = no_tx_checksum(&self.name)
@@ -237,7 +238,7 @@ impl Vxlan {
             ));
         }
         self.device_complaints.end_round();
-        Ok(())
+        Ok(put_right)
     }
 
     fn try_apply(&mut self, peers: &PeerSet) -> Result<(), Error> {
@@ -369,7 +370,6 @@ impl Backend for Vxlan {
         self.address = Some(address);
         self.device = None;
         self.device()?;
-        self.running = true;
         info!(
             "{} is up: address {address}, MAC {}, MTU {}, VNI {}, UDP {}:{} on {}",
             self.name,
@@ -424,6 +424,7 @@ impl Backend for Vxlan {
     fn adapt(&mut self, external: &External) -> Result<(), Error> {
         self.mtu = overlay_mtu(external, self.configuration.mtu)?;
         self.external = external.clone();
+        self.settled = false;
         self.recheck();
         Ok(())
     }
