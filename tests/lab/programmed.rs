@@ -1,0 +1,170 @@
+//! What a host's kernel is programmed with, as `ip` and `bridge` show it, and the same tools by hand.
+
+use super::Overlay;
+use flannel::lab::{self, Host, LabError, Namespace, wait_for};
+use ipnet::Ipv4Net;
+use serde_json::Value;
+use std::{collections::BTreeSet, net::Ipv4Addr, time::Duration};
+
+/// How soon what someone breaks is to be mended.
+pub(crate) const REPAIR: Duration = Duration::from_secs(2);
+
+/// A host's entries for the overlay, in the words of `ip` and `bridge`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Programmed {
+    /// All of the main table but the default route and those that the kernel has made itself.
+    pub(crate) routes: BTreeSet<String>,
+    /// Those of the vxlan device.
+    pub(crate) neighbours: BTreeSet<String>,
+    /// Those of the vxlan device.
+    pub(crate) forwarding: BTreeSet<String>,
+}
+
+impl Programmed {
+    /// What is there now; `device` need not be.
+    pub(crate) fn of(ns: &Namespace, device: &str) -> Programmed {
+        let lines = |output: Result<String, LabError>| {
+            let text = output.unwrap_or_default();
+            text.lines().map(words).collect::<BTreeSet<String>>()
+        };
+        let mut routes = lines(ns.ip("-4 route show table main"));
+        routes.retain(|route| !route.starts_with("default ") && !route.contains(" proto kernel "));
+        Programmed {
+            routes,
+            neighbours: lines(ns.ip(&format!("-4 neigh show dev {device}"))),
+            forwarding: lines(try_by_hand(ns, &format!("bridge fdb show dev {device}"))),
+        }
+    }
+
+    /// And the three entries for a peer behind `device`, as the original makes them, with our protocol number.
+    pub(crate) fn with_tunnel(mut self, device: &str, subnet: Ipv4Net, mac: &str, public_ip: Ipv4Addr) -> Programmed {
+        let gateway = subnet.network();
+        self.routes
+            .insert(format!("{subnet} via {gateway} dev {device} proto 85 onlink"));
+        self.neighbours
+            .insert(format!("{gateway} lladdr {mac} PERMANENT proto 85"));
+        self.forwarding.insert(format!("{mac} dst {public_ip} self permanent"));
+        self
+    }
+
+    /// And the plain route for a peer on the link.
+    pub(crate) fn with_route(mut self, subnet: Ipv4Net, public_ip: Ipv4Addr) -> Programmed {
+        self.routes
+            .insert(format!("{subnet} via {public_ip} dev eth0 proto 85"));
+        self
+    }
+
+    /// And entries of others: lines of `ip route`, `ip neigh` and `bridge fdb`.
+    pub(crate) fn with_foreign(mut self, [routes, neighbours, forwarding]: [&[&str]; 3]) -> Programmed {
+        self.routes.extend(routes.iter().map(|line| words(line)));
+        self.neighbours.extend(neighbours.iter().map(|line| words(line)));
+        self.forwarding.extend(forwarding.iter().map(|line| words(line)));
+        self
+    }
+}
+
+/// What host `index` is to have when it reaches all others through `device`.
+pub(crate) fn tunnels(overlay: &Overlay, index: usize, device: &str) -> Programmed {
+    let mut all = Programmed::default();
+    for (other, host) in overlay.hosts.iter().enumerate() {
+        if other != index {
+            all = all.with_tunnel(device, overlay.subnet(other), &mac(host.ns(), device), host.ip());
+        }
+    }
+    all
+}
+
+/// What host `index` is to have when it reaches all others by plain routes.
+pub(crate) fn routes(overlay: &Overlay, index: usize) -> Programmed {
+    let mut all = Programmed::default();
+    for (other, host) in overlay.hosts.iter().enumerate() {
+        if other != index {
+            all = all.with_route(overlay.subnet(other), host.ip());
+        }
+    }
+    all
+}
+
+/// The line with single spaces, as versions of iproute2 differ in them.
+fn words(line: &str) -> String {
+    line.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// Fails the test unless the host comes to be programmed like this, and with nothing else, in time.
+pub(crate) fn assert_programmed(host: &Host, device: &str, expected: &Programmed, limit: Duration) {
+    assert_comes(limit, &format!("{} to be programmed as it should", host.name()), || {
+        (Programmed::of(host.ns(), device), expected.clone())
+    });
+}
+
+/// Fails the test unless what is there, the first of the two, comes to be what it should be in time; shows both.
+pub(crate) fn assert_comes<T: PartialEq + std::fmt::Debug>(limit: Duration, what: &str, look: impl Fn() -> (T, T)) {
+    let came = wait_for(limit, what, || {
+        let (found, expected) = look();
+        Ok::<_, LabError>((found == expected).then_some(()))
+    });
+    if let Err(error) = came {
+        let (found, expected) = look();
+        panic!("{error}: found\n{found:#?}\nand not\n{expected:#?}");
+    }
+}
+
+/// Runs `ip ...` or `bridge ...` in the namespace, as an administrator would.
+pub(crate) fn by_hand(ns: &Namespace, line: &str) -> String {
+    try_by_hand(ns, line).unwrap()
+}
+
+fn try_by_hand(ns: &Namespace, line: &str) -> Result<String, LabError> {
+    let (program, arguments) = line.split_once(' ').unwrap();
+    assert!(matches!(program, "ip" | "bridge"), "{line}");
+    lab::run(
+        lab::command(program)
+            .args(["-n", ns.name()])
+            .args(arguments.split_whitespace()),
+    )
+}
+
+/// Everything about a link, as in `ip -d -j link show`; `None`: it is not there.
+pub(crate) fn link(ns: &Namespace, name: &str) -> Option<Value> {
+    let shown = ns.ip(&format!("-d -j link show dev {name}")).ok()?;
+    let mut links: Value = serde_json::from_str(&shown).unwrap();
+    Some(links[0].take())
+}
+
+/// The link's index: another one when it was made anew. 0: it is not there.
+pub(crate) fn ifindex(ns: &Namespace, name: &str) -> u64 {
+    link(ns, name).map_or(0, |link| link["ifindex"].as_u64().unwrap())
+}
+
+/// The link's MAC address; empty: it is not there.
+pub(crate) fn mac(ns: &Namespace, name: &str) -> String {
+    link(ns, name).map_or_else(String::new, |link| link["address"].as_str().unwrap().to_owned())
+}
+
+/// The IPv4 addresses on a link, with their prefix lengths.
+pub(crate) fn addresses(ns: &Namespace, name: &str) -> Vec<String> {
+    let Ok(shown) = ns.ip(&format!("-4 -j address show dev {name}")) else {
+        return Vec::new();
+    };
+    let links: Value = serde_json::from_str(&shown).unwrap();
+    // Some versions list links without an address as empty objects.
+    let all = links.as_array().unwrap().iter();
+    all.filter_map(|link| link["addr_info"].as_array())
+        .flatten()
+        .map(|address| format!("{}/{}", address["local"].as_str().unwrap(), address["prefixlen"]))
+        .collect()
+}
+
+/// The names of the overlays' devices that a host has.
+pub(crate) fn overlay_devices(ns: &Namespace) -> Vec<String> {
+    let links: Value = serde_json::from_str(&ns.ip("-j link show").unwrap()).unwrap();
+    let names = links
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|link| link["ifname"].as_str().unwrap());
+    names
+        .filter(|name| name.starts_with("flannel"))
+        .map(str::to_owned)
+        .collect()
+}
