@@ -60,11 +60,7 @@ impl Everything {
         let device = device(backend);
         let own = overlay.subnet(index).network();
         let programmed = match (backend, device) {
-            (UDP, _) => Programmed::default().with_foreign([
-                &[&format!("10.5.0.0/16 dev flannel0 scope link src {own}")],
-                &[],
-                &[],
-            ]),
+            (UDP, _) => Programmed::default().with_foreign([&["10.5.0.0/16 dev flannel0"], &[], &[]]),
             (_, Some(device)) => tunnels(overlay, index, device),
             (_, None) => routes(overlay, index),
         };
