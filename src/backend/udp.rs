@@ -32,7 +32,7 @@ use crate::{
     },
 };
 
-use super::{Backend, Error};
+use super::{Backend, Error, LEAST_MTU};
 
 /// The kernel puts the first free number in.
 const DEVICE: &str = "flannel%d";
@@ -42,9 +42,6 @@ const OVERHEAD: u32 = 28;
 
 /// The longest IPv4 packet (RFC 791): loopback has a larger MTU.
 const LONGEST_PACKET: u32 = 65_535;
-
-/// The least MTU of an IPv4 link (RFC 791).
-const LEAST_MTU: u32 = 68;
 
 /// Packets that may wait for a worker. The kernel's 500 for TUN devices is less than what one TCP stream sends in the time
 /// that a worker is off its processor; 1,000 is what Ethernet devices have.
@@ -112,6 +109,8 @@ pub struct Udp {
     failures: UnboundedSender<String>,
     /// For each worker, until the engine takes them.
     sockets: Vec<Vec<UdpSocket>>,
+    /// What it was started with.
+    started: Option<(Network, Lease)>,
     /// The device's name once there is one.
     device: Option<String>,
     engine: Option<Engine>,
@@ -128,12 +127,7 @@ impl Udp {
         options: Options,
         failures: UnboundedSender<String>,
     ) -> Result<Self, Error> {
-        let too_small = || Error::Mtu {
-            interface: external.name.clone(),
-            mtu: external.mtu,
-            least: LEAST_MTU + OVERHEAD,
-        };
-        let mtu = overlay_mtu(external.mtu).ok_or_else(too_small)?;
+        let mtu = mtu_over(external)?;
         let workers = match (options.tun, options.workers) {
             (TunMode::Plain, _) => 1,
             (TunMode::Auto, Some(chosen)) => chosen.get(),
@@ -141,18 +135,7 @@ impl Udp {
                 .map_or(1, NonZeroUsize::get)
                 .min(MOST_DEFAULT_WORKERS),
         };
-        let address = SocketAddr::new(external.address.into(), configuration.port);
-        let sockets = bind(address, workers, configuration.source_ports.get()).map_err(|source| Error::Bind {
-            address,
-            hint: match source.kind() {
-                io::ErrorKind::AddrInUse => {
-                    "another process has the port, perhaps another flanneld; stop it, or give this network another Backend.Port"
-                }
-                io::ErrorKind::AddrNotAvailable => "this host does not have the address any more",
-                _ => "the system refuses",
-            },
-            source,
-        })?;
+        let sockets = bind_on(external, &configuration, workers)?;
         Ok(Self {
             external: external.clone(),
             configuration,
@@ -163,6 +146,7 @@ impl Udp {
             peers: PeerIds::default(),
             failures,
             sockets,
+            started: None,
             device: None,
             engine: None,
         })
@@ -261,6 +245,7 @@ impl Backend for Udp {
         );
         self.device = Some(device.name);
         self.engine = Some(engine);
+        self.started = Some((network.clone(), own.clone()));
         Ok(())
     }
 
@@ -278,10 +263,51 @@ impl Backend for Udp {
         self.routes.publish(table);
         Ok(())
     }
+
+    /// Another address needs other sockets, and so another engine: packets are lost until it runs. All else is changed in place.
+    fn adapt(&mut self, external: &External) -> Result<(), Error> {
+        let mtu = mtu_over(external)?;
+        if external.address != self.external.address {
+            let sockets = bind_on(external, &self.configuration, self.workers)?;
+            self.tell_counters();
+            // The device goes with it.
+            self.engine = None;
+            self.device = None;
+            self.sockets = sockets;
+            self.external = external.clone();
+            self.mtu = mtu;
+            if let Some((network, own)) = self.started.take()
+                && let Err(error) = self.start(&network, &own)
+            {
+                // There is no way back: the daemon ends, and its supervisor tries again.
+                drop(self.failures.send(error.to_string()));
+                return Err(error);
+            }
+            return Ok(());
+        }
+        if let Some(device) = &self.device
+            && mtu != self.mtu
+        {
+            let mut kernel = Kernel::open()?;
+            if let Some(link) = kernel.links()?.iter().find(|link| link.name == *device) {
+                kernel.set_mtu(link.index, mtu)?;
+            }
+        }
+        self.external = external.clone();
+        self.mtu = mtu;
+        Ok(())
+    }
 }
 
 impl Drop for Udp {
     fn drop(&mut self) {
+        self.tell_counters();
+    }
+}
+
+impl Udp {
+    /// What the engine has done, for the log.
+    fn tell_counters(&self) {
         let (Some(engine), Some(device)) = (&self.engine, &self.device) else {
             return;
         };
@@ -292,6 +318,21 @@ impl Drop for Udp {
         });
         info!("{}{overflow}", engine.snapshot().summary());
     }
+}
+
+fn bind_on(external: &External, configuration: &network::Udp, workers: usize) -> Result<Vec<Vec<UdpSocket>>, Error> {
+    let address = SocketAddr::new(external.address.into(), configuration.port);
+    bind(address, workers, configuration.source_ports.get()).map_err(|source| Error::Bind {
+        address,
+        hint: match source.kind() {
+            io::ErrorKind::AddrInUse => {
+                "another process has the port, perhaps another flanneld; stop it, or give this network another Backend.Port"
+            }
+            io::ErrorKind::AddrNotAvailable => "this host does not have the address any more",
+            _ => "the system refuses",
+        },
+        source,
+    })
 }
 
 /// For each worker the tunnel's socket and, with more than one source port, one for each of the others. All workers have the same
@@ -347,6 +388,14 @@ fn overlay_mtu(external: u32) -> Option<u32> {
         .min(LONGEST_PACKET)
         .checked_sub(OVERHEAD)
         .filter(|mtu| *mtu >= LEAST_MTU)
+}
+
+fn mtu_over(external: &External) -> Result<u32, Error> {
+    overlay_mtu(external.mtu).ok_or_else(|| Error::Mtu {
+        interface: external.name.clone(),
+        mtu: external.mtu,
+        least: LEAST_MTU + OVERHEAD,
+    })
 }
 
 /// The subnets of a lease, of both families.
