@@ -76,13 +76,13 @@ fn run(arguments: &[&str]) -> Output {
     Command::new(FLANNELD).arg("demo").args(arguments).output().unwrap()
 }
 
-/// The ids of the demo labs that `output` speaks of.
+/// The id of the demo's lab that `output` speaks of: the first `fl` with a number behind it.
 fn lab_in(output: &str) -> String {
-    let start = output
-        .find("fl")
-        .filter(|&i| output[i + 2..].starts_with(|c: char| c.is_ascii_digit()));
-    let rest = &output[start.unwrap_or_else(|| output.find(" fl").unwrap() + 1)..];
-    rest[..rest.find("-demo").unwrap() + 5].to_owned()
+    let mut starts = output.match_indices("fl").map(|(start, _)| &output[start..]);
+    let id = starts
+        .find(|rest| rest[2..].starts_with(|c: char| c.is_ascii_digit()))
+        .unwrap();
+    id[..id.find("-demo").unwrap() + 5].to_owned()
 }
 
 #[test]

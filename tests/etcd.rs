@@ -2,13 +2,14 @@
 
 mod lab;
 
-use etcd_client::{Client, Txn, TxnOp};
 use flannel::lab::{CONTAINER_BRIDGE, wait_until};
 use lab::{
     CONFIG, Daemon, Overlay, PATIENCE, Registry,
     certificates::Authority,
     etcd::{EtcdOptions, EtcdServer},
-    new_lab, stream,
+    new_lab,
+    original::put_leases,
+    stream,
 };
 use std::{
     fs,
@@ -474,34 +475,16 @@ fn a_daemon_among_ten_thousand_leases_is_ready_in_seconds() {
     let mut lab = new_lab("scale");
     let server = EtcdServer::start_with(EtcdOptions::on_switch(&lab));
     server.etcdctl(&["put", "/coreos.com/network/config", r#"{"Network":"10.0.0.0/8"}"#]);
-    lab::inside(lab.switch(), || put_leases(&server.url(), 256..10_256));
+    let lease = |number: u32| {
+        let [_, _, high, low] = number.to_be_bytes();
+        let subnet = format!("10.{high}.{low}.0/24").parse().unwrap();
+        (subnet, format!(r#"{{"PublicIP":"172.16.{high}.{low}"}}"#))
+    };
+    put_leases(&lab, &server, (256..10_256).map(lease));
     let host = lab.host("h1").unwrap();
     let mut daemon = Daemon::new(&lab, &host, &Registry::etcd(&server.url()));
     let begun = Instant::now();
     daemon.start_and_wait();
     assert!(begun.elapsed() < PATIENCE);
     daemon.wait_for_log("10000 peer(s)");
-}
-
-/// Writes reservations of the subnets 10.N.N.0/24 with these numbers, as many to a transaction as etcd takes.
-fn put_leases(url: &str, numbers: std::ops::Range<u32>) {
-    let numbers: Vec<u32> = numbers.collect();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
-    runtime.block_on(async {
-        let mut client = Client::connect([url], None).await.unwrap();
-        for chunk in numbers.chunks(128) {
-            let put = |number: &u32| {
-                let (high, low) = (number >> 8, number & 255);
-                let key = format!("/coreos.com/network/subnets/10.{high}.{low}.0-24");
-                TxnOp::put(key, format!(r#"{{"PublicIP":"172.16.{high}.{low}"}}"#), None)
-            };
-            client
-                .txn(Txn::new().and_then(chunk.iter().map(put).collect::<Vec<_>>()))
-                .await
-                .unwrap();
-        }
-    });
 }

@@ -3,23 +3,27 @@
 
 mod lab;
 
-use flannel::lab::{HostOptions, Lab, Namespace, wait_until};
+use flannel::lab::{HostOptions, Lab, Namespace, Process, wait_until};
 use ipnet::Ipv4Net;
 use lab::{
     Daemon, Overlay, PATIENCE, Registry, assert_reaches,
     etcd::{EtcdOptions, EtcdServer},
     flow::Flows,
     new_lab,
-    original::{Original, add_tunnel, delete_lease, lease, put_lease, vxlan_lease},
+    original::{Original, add_tunnel, delete_lease, lease, put_lease, put_leases, vxlan_lease},
     output_of, ping,
     programmed::{
-        Programmed, REPAIR, addresses, assert_comes, assert_programmed, by_hand, ifindex, link, mac, tunnels,
+        Programmed, REPAIR, addresses, assert_comes, assert_programmed, by_hand, ifindex, in_one_go, link, mac,
+        plug_in, tunnels, unplug,
     },
     traffic::transfer,
 };
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use std::{
+    fs,
     net::Ipv4Addr,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -46,6 +50,10 @@ fn info(ns: &Namespace, device: &str) -> Value {
 
 fn is_up(ns: &Namespace, device: &str) -> bool {
     link(ns, device).is_some_and(|link| link["flags"].as_array().unwrap().contains(&"UP".into()))
+}
+
+fn mtu(ns: &Namespace, device: &str) -> u64 {
+    link(ns, device).map_or(0, |link| link["mtu"].as_u64().unwrap())
 }
 
 fn public_ip(last: u8) -> Ipv4Addr {
@@ -121,13 +129,19 @@ fn the_options_of_the_configuration_are_on_the_device() {
             "{info}"
         );
         assert!(has_gbp(&info), "{info}");
-        assert_eq!(link(host.ns(), device).unwrap()["mtu"], 1_350);
+        assert_eq!(mtu(host.ns(), device), 1_350);
         assert_eq!(overlay.daemons[index].subnet().mtu, 1_350);
         let mac = mac(host.ns(), device);
         let expected = vxlan_lease(host.ip(), &mac).replace(r#""VNI":1"#, r#""VNI":42"#);
         assert_eq!(lease(&server, overlay.subnet(index)), expected);
-        let offloads = output_of(host.ns(), "ethtool", ["-k", device]);
-        assert!(offloads.contains("tx-checksum-ip-generic: off"), "{offloads}");
+        let off = || output_of(host.ns(), "ethtool", ["-k", device]).contains("tx-checksum-ip-generic: off");
+        assert!(off());
+        let index = ifindex(host.ns(), device);
+        by_hand(host.ns(), &format!("ip link del {device}"));
+        wait_until(REPAIR, "the device to be made again", || {
+            ![0, index].contains(&ifindex(host.ns(), device)) && off()
+        })
+        .unwrap();
     }
 }
 
@@ -145,6 +159,11 @@ fn damages(overlay: &Overlay) -> Vec<(&'static str, Vec<String>)> {
                 "ip link set flannel.1 down".to_owned(),
                 "ip link set flannel.1 up".to_owned(),
             ],
+        ),
+        ("the device is set down", vec!["ip link set flannel.1 down".to_owned()]),
+        (
+            "the device gets another MTU",
+            vec!["ip link set flannel.1 mtu 1300".to_owned()],
         ),
         (
             "the device loses its address",
@@ -197,6 +216,18 @@ fn damages(overlay: &Overlay) -> Vec<(&'static str, Vec<String>)> {
             )],
         ),
         (
+            "a neighbour is no longer permanent",
+            vec![format!(
+                "ip neigh replace {gateway} lladdr {peer_mac} dev flannel.1 nud stale"
+            )],
+        ),
+        (
+            "a forwarding entry leads to another port",
+            vec![format!(
+                "bridge fdb replace {peer_mac} dev flannel.1 dst {peer_ip} port 9999 self permanent"
+            )],
+        ),
+        (
             "all entries go at once",
             vec![
                 format!("ip route del {subnet}"),
@@ -215,22 +246,17 @@ fn whatever_someone_breaks_is_mended_within_two_seconds() {
     let (ns, ip, subnet) = (overlay.hosts[0].ns().clone(), overlay.hosts[0].ip(), overlay.subnet(0));
     for (what, commands) in damages(&overlay) {
         let look = || {
-            let published = lease(&server, subnet);
-            (
-                Programmed::of(&ns, DEVICE),
-                addresses(&ns, DEVICE),
-                is_up(&ns, DEVICE),
-                published,
-            )
+            let device = (mtu(&ns, DEVICE), is_up(&ns, DEVICE), addresses(&ns, DEVICE));
+            (Programmed::of(&ns, DEVICE), device, lease(&server, subnet))
         };
-        let (programmed, addresses, up, _) = look();
+        let (programmed, device, _) = look();
         for command in &commands {
             by_hand(&ns, command);
         }
         let done = Instant::now();
         assert_comes(REPAIR, &format!("{what}: the host to be as it was"), || {
             let published = vxlan_lease(ip, &mac(&ns, DEVICE));
-            (look(), (programmed.clone(), addresses.clone(), up, published))
+            (look(), (programmed.clone(), device.clone(), published))
         });
         println!("{what}: mended after {:?}", done.elapsed());
         assert_programmed(&overlay.hosts[1], DEVICE, &tunnels(&overlay, 1, DEVICE), REPAIR);
@@ -300,14 +326,214 @@ fn restart_and_kill_9_of_both_daemons_lose_no_packet() {
     overlay.assert_all_reach_all();
     let devices: Vec<_> = overlay.hosts.iter().map(|host| ifindex(host.ns(), DEVICE)).collect();
     let flows = Flows::start(&overlay.containers[0], &overlay.containers[1]);
+    let watcher = Watcher::start(&overlay, 0);
     overlay.restart_all(|daemon| assert!(daemon.stop().success()));
     overlay.restart_all(Daemon::kill9);
+    let seen = watcher.finish();
+    assert_eq!(seen.matches("flannel.1").count(), 0, "nothing is written anew:\n{seen}");
     flows.finish_without_loss();
     let kept: Vec<_> = overlay.hosts.iter().map(|host| ifindex(host.ns(), DEVICE)).collect();
     assert_eq!(kept, devices);
     for (index, host) in overlay.hosts.iter().enumerate() {
         assert_programmed(host, DEVICE, &tunnels(&overlay, index, DEVICE), PATIENCE);
     }
+}
+
+/// What `ip monitor` sees on a host.
+struct Watcher {
+    ns: Namespace,
+    monitor: Process,
+}
+
+impl Watcher {
+    /// Sees what happens from now on.
+    fn start(overlay: &Overlay, index: usize) -> Watcher {
+        let ns = overlay.hosts[index].ns().clone();
+        let mut command = ns.command("ip");
+        command.args(["monitor", "link", "address", "route", "neigh"]);
+        let monitor = Process::spawn("ip monitor", command, &overlay.lab.dir().join("monitor.log")).unwrap();
+        let watcher = Watcher { ns, monitor };
+        watcher.wait_for_mark("10.98.0.1");
+        watcher
+    }
+
+    /// All that it has seen.
+    fn finish(self) -> String {
+        self.wait_for_mark("10.98.0.2");
+        self.monitor.log()
+    }
+
+    /// Makes a change of its own, again and again, and waits until it is seen, and with it all that came before.
+    fn wait_for_mark(&self, address: &str) {
+        wait_until(PATIENCE, "ip monitor to see a change", || {
+            by_hand(&self.ns, &format!("ip address add {address}/32 dev lo"));
+            by_hand(&self.ns, &format!("ip address del {address}/32 dev lo"));
+            self.monitor.log().contains(address)
+        })
+        .unwrap();
+    }
+}
+
+#[test]
+fn a_daemon_killed_at_any_moment_of_its_start_loses_no_packet() {
+    let (mut overlay, _server) = Overlay::start_on_etcd("vx_moments", CONFIG, 2);
+    overlay.assert_all_reach_all();
+    let flows = Flows::start(&overlay.containers[0], &overlay.containers[1]);
+    let back = Flows::start(&overlay.containers[1], &overlay.containers[0]);
+    overlay.daemons[0].kill9();
+    for moment in ["external interface", "flannel.1 is up", "peer ", "wrote "] {
+        overlay.daemons[0].start();
+        overlay.daemons[0].wait_for_log(moment);
+        overlay.daemons[0].kill9();
+    }
+    overlay.daemons[0].start_and_wait();
+    flows.finish_without_loss();
+    back.finish_without_loss();
+    assert_programmed(&overlay.hosts[0], DEVICE, &tunnels(&overlay, 0, DEVICE), Duration::ZERO);
+}
+
+#[test]
+fn without_etcd_damage_is_mended_and_a_new_start_breaks_no_flow() {
+    let (mut overlay, mut server) = Overlay::start_on_etcd("vx_noetcd", CONFIG, 2);
+    overlay.assert_all_reach_all();
+    server.kill();
+    let (before, known_as) = (tunnels(&overlay, 0, DEVICE), mac(overlay.hosts[0].ns(), DEVICE));
+    by_hand(overlay.hosts[0].ns(), "ip link del flannel.1");
+    assert_programmed(&overlay.hosts[0], DEVICE, &before, REPAIR);
+    assert_eq!(
+        mac(overlay.hosts[0].ns(), DEVICE),
+        known_as,
+        "nobody could learn of another one"
+    );
+    assert_reaches(&overlay.containers[0].ns, overlay.containers[1].ip);
+
+    let flows = Flows::start(&overlay.containers[0], &overlay.containers[1]);
+    for daemon in &mut overlay.daemons {
+        daemon.kill9();
+        daemon.start();
+    }
+    overlay.daemons[0].wait_for_log("failed, trying again");
+    server.restart();
+    for daemon in &mut overlay.daemons {
+        daemon.wait_ready();
+    }
+    flows.finish_without_loss();
+    assert_programmed(&overlay.hosts[0], DEVICE, &before, Duration::ZERO);
+}
+
+#[test]
+fn more_changes_than_the_kernel_can_tell_of_are_noticed() {
+    let (mut overlay, _server) = Overlay::start_on_etcd("vx_flood", CONFIG, 2);
+    overlay.assert_all_reach_all();
+    let ns = overlay.hosts[0].ns().clone();
+    let expected = tunnels(&overlay, 0, DEVICE);
+    overlay.daemons[0].process().signal(Signal::SIGSTOP);
+    // Each is some hundred bytes for whoever listens, and in the kernel's accounting far more than any buffer holds.
+    let flood = |what| {
+        (0..40_000_u32).map(move |n| {
+            format!(
+                "route {what} 172.{}.{}.{} dev eth0",
+                16 + (n >> 16),
+                n >> 8 & 255,
+                n & 255
+            )
+        })
+    };
+    in_one_go(&overlay, &ns, flood("add"));
+    by_hand(&ns, "ip route flush proto 85");
+    by_hand(&ns, "ip neigh flush dev flannel.1 nud permanent");
+    in_one_go(&overlay, &ns, flood("del"));
+    assert_eq!(Programmed::of(&ns, DEVICE).routes.len(), 0);
+    overlay.daemons[0].process().signal(Signal::SIGCONT);
+    assert_programmed(&overlay.hosts[0], DEVICE, &expected, REPAIR);
+    assert_reaches(&overlay.containers[0].ns, overlay.containers[1].ip);
+}
+
+#[test]
+fn an_external_interface_that_is_made_again_is_taken_up_again() {
+    let (mut overlay, server) = Overlay::start_on_etcd("vx_replug", CONFIG, 2);
+    overlay.assert_all_reach_all();
+    let ns = overlay.hosts[0].ns().clone();
+    let (expected, published) = (tunnels(&overlay, 0, DEVICE), lease(&server, overlay.subnet(0)));
+    unplug(&overlay, 0);
+    assert_eq!(
+        ifindex(&ns, DEVICE),
+        0,
+        "the device goes with the interface that it is on"
+    );
+    overlay.daemons[0].wait_for_log("WARN");
+    overlay.daemons[0].assert_running();
+    plug_in(&overlay, 0);
+    assert_programmed(&overlay.hosts[0], DEVICE, &expected, REPAIR);
+    assert_eq!(lease(&server, overlay.subnet(0)), published);
+    overlay.assert_all_reach_all();
+    // It is the new one that is followed from now on.
+    by_hand(&ns, "ip link set eth0 mtu 1400");
+    wait_until(PATIENCE, "the device to follow", || mtu(&ns, DEVICE) == 1_350).unwrap();
+}
+
+/// The lease of peer `number` of thousands.
+fn one_of_many(number: u32) -> (Ipv4Net, String) {
+    let [_, _, high, low] = number.to_be_bytes();
+    let mac = format!("d2:72:c5:90:{high:02x}:{low:02x}");
+    let subnet = Ipv4Net::new_assert(Ipv4Addr::new(10, 128 + high, low, 0), 24);
+    (subnet, vxlan_lease(Ipv4Addr::new(172, 16, high, low), &mac))
+}
+
+/// How much processor time a process has had.
+fn processor_time(pid: u32) -> Duration {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let nanoseconds = tasks.map(|task| {
+        // A thread that has just ended has had its time.
+        let stat = fs::read_to_string(task.unwrap().path().join("schedstat")).unwrap_or_default();
+        stat.split_whitespace().next().map_or(0, |time| time.parse().unwrap())
+    });
+    Duration::from_nanos(nanoseconds.sum())
+}
+
+#[test]
+fn five_thousand_peers_are_programmed_at_the_start_and_one_more_costs_little() {
+    const PEERS: u32 = 5_000;
+    // The figures are those of a debug build, on a machine that runs other tests: an optimised one is several times faster.
+    let (longest_start, most_time) = (Duration::from_secs(10), Duration::from_millis(100));
+    let config = CONFIG.replace("10.5.0.0/16", "10.128.0.0/9");
+    let (mut overlay, server) = Overlay::start_on_etcd("vx_many", &config, 1);
+    let ns = overlay.hosts[0].ns().clone();
+    assert!(overlay.daemons[0].stop().success());
+    put_leases(&overlay.lab, &server, (1..=PEERS).map(one_of_many));
+
+    let start = Instant::now();
+    overlay.daemons[0].start_and_wait();
+    let took = start.elapsed();
+    let all = Programmed::of(&ns, DEVICE);
+    // One of them may have the host's own subnet.
+    for entries in [&all.routes, &all.neighbours, &all.forwarding] {
+        assert!(
+            (PEERS as usize - 1..=PEERS as usize).contains(&entries.len()),
+            "{}",
+            entries.len()
+        );
+    }
+    assert!(took < longest_start, "{took:?}");
+
+    let pid = overlay.daemons[0].process().pid();
+    let before = processor_time(pid);
+    let (subnet, value) = one_of_many(PEERS + 1);
+    put_lease(&server, subnet, &value);
+    wait_until(PATIENCE, "the route to one more", || {
+        !by_hand(&ns, &format!("ip route show {subnet}")).is_empty()
+    })
+    .unwrap();
+    let cost = processor_time(pid) - before;
+    println!("{PEERS} peers programmed within {took:?} of the start, one more within {cost:?} of processor time");
+    assert!(cost < most_time, "{cost:?}");
+
+    // A restart finds all as it should be.
+    overlay.daemons[0].kill9();
+    let start = Instant::now();
+    overlay.daemons[0].start_and_wait();
+    println!("a restart took {:?}", start.elapsed());
+    assert_eq!(Programmed::of(&ns, DEVICE).routes.len(), all.routes.len() + 1);
 }
 
 #[test]
@@ -463,7 +689,7 @@ fn a_device_that_fits_is_kept_and_any_other_is_made_anew() {
     let (mut overlay, server) = Overlay::start_on_etcd("vx_device", CONFIG, 2);
     overlay.assert_all_reach_all();
     let (ns, ip) = (overlay.hosts[0].ns().clone(), overlay.hosts[0].ip());
-    ns.ip("link add other type dummy").unwrap();
+    ns.ip("link add other type bridge").unwrap();
     let make = |kind: &str| {
         by_hand(&ns, "ip link del flannel.1");
         by_hand(&ns, &format!("ip link add flannel.1 type {kind}"));
@@ -477,11 +703,13 @@ fn a_device_that_fits_is_kept_and_any_other_is_made_anew() {
         fits.replace(&ip.to_string(), "192.168.77.99"),
         format!("{fits} gbp"),
         fits.replace("nolearning", "learning"),
-        "bridge".to_owned(),
-        "dummy".to_owned(),
     ] {
         assert!(overlay.daemons[0].stop().success());
         make(&kind);
+        by_hand(
+            &ns,
+            &format!("ip address add {}/32 dev flannel.1", overlay.subnet(0).network()),
+        );
         overlay.daemons[0].start_and_wait();
         let info = info(&ns, DEVICE);
         assert_eq!(
@@ -525,9 +753,36 @@ fn a_device_that_fits_is_kept_and_any_other_is_made_anew() {
     assert_eq!(ifindex(&ns, DEVICE), index, "it is kept");
     assert_eq!(mac(&ns, DEVICE), "02:00:00:00:00:09");
     assert_eq!(lease(&server, overlay.subnet(0)), vxlan_lease(ip, "02:00:00:00:00:09"));
-    assert_eq!(link(&ns, DEVICE).unwrap()["mtu"], MTU);
+    assert_eq!(mtu(&ns, DEVICE), u64::from(MTU));
     assert_eq!(addresses(&ns, DEVICE), [format!("{}/32", overlay.subnet(0).network())]);
     assert_reaches(&overlay.containers[0].ns, overlay.containers[1].ip);
+}
+
+#[test]
+fn a_device_that_is_somebody_elses_is_named_and_left_alone() {
+    let (mut overlay, _server) = alone("vx_taken");
+    let ns = overlay.hosts[0].ns().clone();
+    for (kind, address) in [
+        ("bridge", "10.5.1.0/32"),
+        // Another overlay's, which has the same VNI.
+        ("vxlan id 1 dev eth0 dstport 8472 nolearning", "10.99.1.0/32"),
+    ] {
+        assert!(overlay.daemons[0].stop().success());
+        by_hand(&ns, "ip link del flannel.1");
+        by_hand(&ns, &format!("ip link add flannel.1 type {kind}"));
+        by_hand(&ns, &format!("ip address add {address} dev flannel.1"));
+        let index = ifindex(&ns, DEVICE);
+        overlay.daemons[0].start();
+        assert_eq!(overlay.daemons[0].wait_exit().code(), Some(1));
+        let log = overlay.daemons[0].log();
+        assert!(log.contains("ERROR") && log.contains("flannel.1"), "{kind}: {log}");
+        assert_eq!(
+            (ifindex(&ns, DEVICE), addresses(&ns, DEVICE)),
+            (index, vec![address.to_owned()])
+        );
+        by_hand(&ns, "ip link del flannel.1");
+        overlay.daemons[0].start_and_wait();
+    }
 }
 
 #[test]
@@ -561,8 +816,10 @@ fn device_and_subnet_file_follow_the_external_mtu() {
     for (external, inner) in [(1_400, 1_350), (1_500, MTU)] {
         by_hand(&ns, &format!("ip link set eth0 mtu {external}"));
         assert_comes(PATIENCE, "device and subnet file to follow", || {
-            let device = link(&ns, DEVICE).map_or(0, |link| link["mtu"].as_u64().unwrap());
-            ((device, overlay.daemons[0].subnet().mtu), (inner.into(), inner))
+            (
+                (mtu(&ns, DEVICE), overlay.daemons[0].subnet().mtu),
+                (inner.into(), inner),
+            )
         });
         overlay.daemons[0].wait_for_log("Docker");
         assert_programmed(&overlay.hosts[0], DEVICE, &tunnels(&overlay, 0, DEVICE), REPAIR);
@@ -581,7 +838,7 @@ fn a_configured_mtu_does_not_follow_the_external_one() {
     // When this is mended, the daemon has looked at everything since.
     by_hand(ns, "ip link del flannel.1");
     wait_until(REPAIR, "the device to be made again", || is_up(ns, DEVICE)).unwrap();
-    assert_eq!(link(ns, DEVICE).unwrap()["mtu"], 1_350);
+    assert_eq!(mtu(ns, DEVICE), 1_350);
     assert_eq!(overlay.daemons[0].subnet().mtu, 1_350);
 }
 
@@ -612,6 +869,30 @@ fn the_lease_follows_the_external_address_and_traffic_goes_on() {
     overlay.assert_all_reach_all();
     overlay.daemons[0].assert_running();
     assert_eq!(overlay.subnet(0), subnet);
+}
+
+#[test]
+fn the_lease_follows_an_address_that_changes_again_at_once() {
+    let (mut overlay, server) = Overlay::start_on_etcd("vx_twice", CONFIG, 2);
+    overlay.assert_all_reach_all();
+    let (ns, subnet) = (overlay.hosts[0].ns().clone(), overlay.subnet(0));
+    // For as long as the first change takes until it is seen, and a little longer.
+    for (pause, addresses) in [(0, [1, 101, 102]), (60, [102, 103, 1])] {
+        for pair in addresses.windows(2) {
+            by_hand(&ns, &format!("ip address del {}/24 dev eth0", public_ip(pair[0])));
+            by_hand(&ns, &format!("ip address add {}/24 dev eth0", public_ip(pair[1])));
+            by_hand(&ns, "ip route add default via 192.168.77.254 dev eth0");
+            thread::sleep(Duration::from_millis(pause));
+        }
+        let last = public_ip(addresses[2]);
+        assert_comes(NEW_ADDRESS, "the last address to be published", || {
+            (lease(&server, subnet), vxlan_lease(last, &mac(&ns, DEVICE)))
+        });
+        let seen = Programmed::default().with_tunnel(DEVICE, subnet, &mac(&ns, DEVICE), last);
+        assert_programmed(&overlay.hosts[1], DEVICE, &seen, PATIENCE);
+        overlay.assert_all_reach_all();
+    }
+    overlay.daemons[0].assert_running();
 }
 
 #[test]

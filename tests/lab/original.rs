@@ -1,7 +1,8 @@
 //! The original on a host, imitated by hand: its lease put with `etcdctl`, its kernel programmed with `ip` and `bridge`.
 
-use super::{Overlay, etcd::EtcdServer, plain_peer::free_subnet, programmed::by_hand};
-use flannel::lab::{Container, Host, HostOptions, Namespace, SubnetEnv};
+use super::{Overlay, etcd::EtcdServer, inside, plain_peer::free_subnet, programmed::by_hand};
+use etcd_client::{Client, Txn, TxnOp};
+use flannel::lab::{Container, Host, HostOptions, Lab, Namespace, SubnetEnv};
 use ipnet::Ipv4Net;
 use std::net::Ipv4Addr;
 
@@ -19,6 +20,25 @@ fn key(subnet: Ipv4Net) -> String {
 /// Writes a lease.
 pub(crate) fn put_lease(server: &EtcdServer, subnet: Ipv4Net, value: &str) {
     server.etcdctl(&["put", &key(subnet), value]);
+}
+
+/// Writes thousands of leases, as many to a transaction as etcd takes.
+pub(crate) fn put_leases(lab: &Lab, server: &EtcdServer, leases: impl Iterator<Item = (Ipv4Net, String)> + Send) {
+    let puts: Vec<TxnOp> = leases
+        .map(|(subnet, value)| TxnOp::put(key(subnet), value, None))
+        .collect();
+    inside(lab.switch(), || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let mut client = Client::connect([server.url()], None).await.unwrap();
+            for chunk in puts.chunks(128) {
+                client.txn(Txn::new().and_then(chunk)).await.unwrap();
+            }
+        });
+    });
 }
 
 /// Removes a lease.
