@@ -10,13 +10,13 @@ use lab::{
     flow::Flows,
     original::{Original, delete_lease, lease, put_lease, vxlan_lease},
     ping,
-    programmed::{Programmed, REPAIR, addresses, assert_comes, assert_programmed, by_hand, ifindex, mac},
+    programmed::{
+        Programmed, REPAIR, addresses, assert_comes, assert_mends, assert_programmed, by_hand, external_damages,
+        ifindex, mac,
+    },
     traffic::transfer,
 };
-use std::{
-    net::Ipv4Addr,
-    time::{Duration, Instant},
-};
+use std::{net::Ipv4Addr, time::Duration};
 
 const DEVICE: &str = "flannel.1";
 
@@ -86,11 +86,9 @@ fn neighbours_are_routed_to_and_those_behind_the_router_tunnelled_to() {
 fn whatever_someone_breaks_is_mended_within_two_seconds() {
     let (mut overlay, _server) = overlay("dr_mend", 2, 1);
     overlay.assert_all_reach_all();
-    let host = &overlay.hosts[0];
-    let (ns, ip) = (host.ns().clone(), host.ip());
+    let ns = overlay.hosts[0].ns().clone();
     let (near, distant) = (overlay.subnet(1), overlay.subnet(2));
-    let external = "ip route add default via 192.168.77.254 dev eth0".to_owned();
-    let damages = [
+    let mut damages = vec![
         ("a plain route is deleted", vec![format!("ip route del {near}")]),
         ("our routes are flushed", vec!["ip route flush proto 85".to_owned()]),
         (
@@ -105,37 +103,12 @@ fn whatever_someone_breaks_is_mended_within_two_seconds() {
             vec![format!("ip route replace {distant} via 192.168.77.254 dev eth0")],
         ),
         ("the device is deleted", vec!["ip link del flannel.1".to_owned()]),
-        (
-            "the external interface is set down and up",
-            vec![
-                "ip link set eth0 down".to_owned(),
-                "ip link set eth0 up".to_owned(),
-                external.clone(),
-            ],
-        ),
-        (
-            "the external address is removed and added",
-            vec![
-                format!("ip address del {ip}/24 dev eth0"),
-                format!("ip address add {ip}/24 dev eth0"),
-                external,
-            ],
-        ),
     ];
-    for (what, commands) in damages {
-        for command in &commands {
-            by_hand(&ns, command);
-        }
-        let done = Instant::now();
-        assert_comes(REPAIR, &format!("{what}: the host to be as it was"), || {
-            (Programmed::of(&ns, DEVICE), expected(&overlay, 0))
-        });
-        println!("{what}: mended after {:?}", done.elapsed());
-        for other in [1, 2] {
-            assert_reaches(&overlay.containers[0].ns, overlay.containers[other].ip);
-        }
-        overlay.daemons[0].assert_running();
-    }
+    damages.extend(external_damages(&overlay, 0));
+    let all = expected(&overlay, 0);
+    let look = || (Programmed::of(&ns, DEVICE), all.clone());
+    assert_mends(&mut overlay.daemons[0], &ns, &damages, look);
+    overlay.assert_all_reach_all();
 }
 
 #[test]

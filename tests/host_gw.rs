@@ -11,13 +11,13 @@ use lab::{
     new_lab,
     original::{Original, add_route, delete_lease, host_gw_lease, lease, put_lease},
     output_of, ping,
-    programmed::{Programmed, REPAIR, assert_comes, assert_programmed, by_hand, link, overlay_devices, routes},
+    programmed::{
+        Programmed, REPAIR, assert_comes, assert_mends, assert_programmed, by_hand, external_damages, link,
+        overlay_devices, plug_in, routes, unplug,
+    },
     traffic::transfer,
 };
-use std::{
-    net::Ipv4Addr,
-    time::{Duration, Instant},
-};
+use std::{net::Ipv4Addr, time::Duration};
 
 const CONFIG: &str = r#"{"Network":"10.5.0.0/16","Backend":{"Type":"host-gw"}}"#;
 
@@ -74,10 +74,9 @@ fn every_pair_is_connected_by_plain_routes() {
 fn whatever_someone_breaks_is_mended_within_two_seconds() {
     let (mut overlay, _server) = Overlay::start_on_etcd("gw_mend", CONFIG, 3);
     overlay.assert_all_reach_all();
-    let (ns, ip) = (overlay.hosts[0].ns().clone(), overlay.hosts[0].ip());
+    let ns = overlay.hosts[0].ns().clone();
     let (subnet, other) = (overlay.subnet(1), overlay.subnet(2));
-    let external = "ip route add default via 192.168.77.254 dev eth0".to_owned();
-    let damages = [
+    let mut damages = vec![
         ("a route is deleted", vec![format!("ip route del {subnet}")]),
         ("our routes are flushed", vec!["ip route flush proto 85".to_owned()]),
         (
@@ -100,38 +99,12 @@ fn whatever_someone_breaks_is_mended_within_two_seconds() {
                 format!("ip route del {other}"),
             ],
         ),
-        (
-            "the external interface is set down and up",
-            vec![
-                "ip link set eth0 down".to_owned(),
-                "ip link set eth0 up".to_owned(),
-                external.clone(),
-            ],
-        ),
-        (
-            "the external address is removed and added",
-            vec![
-                format!("ip address del {ip}/24 dev eth0"),
-                format!("ip address add {ip}/24 dev eth0"),
-                external,
-            ],
-        ),
     ];
+    damages.extend(external_damages(&overlay, 0));
     let expected = routes(&overlay, 0);
-    for (what, commands) in damages {
-        for command in &commands {
-            by_hand(&ns, command);
-        }
-        let done = Instant::now();
-        assert_comes(REPAIR, &format!("{what}: the host to be as it was"), || {
-            (Programmed::of(&ns, DEVICE), expected.clone())
-        });
-        println!("{what}: mended after {:?}", done.elapsed());
-        for other in [1, 2] {
-            assert_reaches(&overlay.containers[0].ns, overlay.containers[other].ip);
-        }
-        overlay.daemons[0].assert_running();
-    }
+    let look = || (Programmed::of(&ns, DEVICE), expected.clone());
+    assert_mends(&mut overlay.daemons[0], &ns, &damages, look);
+    overlay.assert_all_reach_all();
 }
 
 #[test]
@@ -195,6 +168,37 @@ fn restart_and_kill_9_of_both_daemons_lose_no_packet() {
     for (index, host) in overlay.hosts.iter().enumerate() {
         assert_routes(host, &routes(&overlay, index), PATIENCE);
     }
+}
+
+#[test]
+fn a_daemon_killed_at_any_moment_of_its_start_loses_no_packet() {
+    let (mut overlay, _server) = Overlay::start_on_etcd("gw_moments", CONFIG, 2);
+    overlay.assert_all_reach_all();
+    let flows = Flows::start(&overlay.containers[0], &overlay.containers[1]);
+    overlay.daemons[0].kill9();
+    for moment in ["external interface", "host-gw is up", "peer ", "wrote "] {
+        overlay.daemons[0].start();
+        overlay.daemons[0].wait_for_log(moment);
+        overlay.daemons[0].kill9();
+    }
+    overlay.daemons[0].start_and_wait();
+    flows.finish_without_loss();
+    assert_routes(&overlay.hosts[0], &routes(&overlay, 0), Duration::ZERO);
+}
+
+#[test]
+fn an_external_interface_that_is_made_again_is_taken_up_again() {
+    let (mut overlay, server) = Overlay::start_on_etcd("gw_replug", CONFIG, 2);
+    overlay.assert_all_reach_all();
+    let published = lease(&server, overlay.subnet(0));
+    unplug(&overlay, 0);
+    assert_routes(&overlay.hosts[0], &Programmed::default(), Duration::ZERO);
+    overlay.daemons[0].wait_for_log("WARN");
+    plug_in(&overlay, 0);
+    assert_routes(&overlay.hosts[0], &routes(&overlay, 0), REPAIR);
+    assert_eq!(lease(&server, overlay.subnet(0)), published);
+    overlay.assert_all_reach_all();
+    overlay.daemons[0].assert_running();
 }
 
 #[test]

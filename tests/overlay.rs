@@ -7,8 +7,13 @@ use flannel::{
     packet::{Ipv4Packet, build},
 };
 use lab::{
-    CONFIG, Daemon, Overlay, PATIENCE, Registry, assert_loses, assert_reaches, inside, new_lab, output_of, ping,
-    plain_peer::free_subnet, stream, traffic::transfer,
+    CONFIG, Daemon, Overlay, PATIENCE, Registry, assert_loses, assert_reaches, inside, new_lab,
+    original::lease,
+    output_of, ping,
+    plain_peer::free_subnet,
+    programmed::{assert_comes, by_hand, link},
+    stream,
+    traffic::transfer,
 };
 use std::{
     io,
@@ -372,4 +377,36 @@ fn a_lease_that_points_elsewhere_takes_its_traffic_along() {
     }
     assert_reaches(&from.ns, overlay.containers[1].ip);
     assert_reaches(two.ns(), from.ip);
+}
+
+#[test]
+fn the_overlay_follows_the_external_address_and_mtu() {
+    let (mut overlay, server) = Overlay::start_on_etcd("follow", CONFIG, 2);
+    overlay.assert_all_reach_all();
+    let (ns, subnet) = (overlay.hosts[0].ns().clone(), overlay.subnet(0));
+    for (external, inner) in [(1_400, 1_372), (1_500, 1_472)] {
+        by_hand(&ns, &format!("ip link set eth0 mtu {external}"));
+        assert_comes(PATIENCE, "device and subnet file to follow", || {
+            let device = link(&ns, "flannel0").map_or(0, |link| link["mtu"].as_u64().unwrap());
+            ((device, overlay.daemons[0].subnet().mtu), (inner.into(), inner))
+        });
+        overlay.daemons[0].wait_for_log("Docker");
+        overlay.assert_all_reach_all();
+    }
+
+    for line in [
+        format!("ip address del {}/24 dev eth0", overlay.hosts[0].ip()),
+        "ip address add 192.168.77.101/24 dev eth0".to_owned(),
+        "ip route add default via 192.168.77.254 dev eth0".to_owned(),
+    ] {
+        by_hand(&ns, &line);
+    }
+    // The connection to etcd dies with the old address, and a silent server is noticed after 15 s.
+    assert_comes(2 * PATIENCE, "the new address to be published", || {
+        let expected = r#"{"PublicIP":"192.168.77.101","PublicIPv6":null}"#;
+        (lease(&server, subnet), expected.to_owned())
+    });
+    overlay.assert_all_reach_all();
+    overlay.daemons[0].assert_running();
+    assert_eq!(overlay.subnet(0), subnet);
 }

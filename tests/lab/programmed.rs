@@ -1,10 +1,17 @@
 //! What a host's kernel is programmed with, as `ip` and `bridge` show it, and the same tools by hand.
 
-use super::Overlay;
+use super::{Daemon, Overlay, pair::Asleep};
 use flannel::lab::{self, Host, LabError, Namespace, wait_for};
 use ipnet::Ipv4Net;
+use nix::unistd::Pid;
 use serde_json::Value;
-use std::{collections::BTreeSet, fs, net::Ipv4Addr, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fmt::Debug,
+    fs,
+    net::Ipv4Addr,
+    time::{Duration, Instant},
+};
 
 /// How soon what someone breaks is to be mended.
 pub(crate) const REPAIR: Duration = Duration::from_secs(2);
@@ -98,7 +105,7 @@ pub(crate) fn assert_programmed(host: &Host, device: &str, expected: &Programmed
 }
 
 /// Fails the test unless what is there, the first of the two, comes to be what it should be in time; shows both.
-pub(crate) fn assert_comes<T: PartialEq + std::fmt::Debug>(limit: Duration, what: &str, look: impl Fn() -> (T, T)) {
+pub(crate) fn assert_comes<T: PartialEq + Debug>(limit: Duration, what: &str, look: impl Fn() -> (T, T)) {
     let came = wait_for(limit, what, || {
         let (found, expected) = look();
         Ok::<_, LabError>((found == expected).then_some(()))
@@ -107,6 +114,75 @@ pub(crate) fn assert_comes<T: PartialEq + std::fmt::Debug>(limit: Duration, what
         let (found, expected) = look();
         panic!("{error}: found\n{found:#?}\nand not\n{expected:#?}");
     }
+}
+
+/// What someone does to a host, in words, and as commands of `ip` and `bridge`.
+pub(crate) type Damage = (&'static str, Vec<String>);
+
+/// Does each of these damages to the host `ns` twice, and fails the test unless the daemon mends it within [`REPAIR`]: once while
+/// it looks on, and once while it sleeps, when it can be seen that there is damage. `look` gives what is there, and what should
+/// be.
+pub(crate) fn assert_mends<T: PartialEq + Debug>(
+    daemon: &mut Daemon,
+    ns: &Namespace,
+    damages: &[Damage],
+    look: impl Fn() -> (T, T),
+) {
+    for (what, commands) in damages {
+        assert_mends_while_it_looks_on(daemon, ns, (what, commands), &look);
+        let asleep = Asleep::new(Pid::from_raw(daemon.process().pid().cast_signed()));
+        for command in commands {
+            by_hand(ns, command);
+        }
+        let (found, expected) = look();
+        assert!(found != expected, "{what}: there is no damage in {found:#?}");
+        drop(asleep);
+        assert_comes(
+            REPAIR,
+            &format!("{what}, and the daemon wakes up: to be as it was"),
+            &look,
+        );
+        daemon.assert_running();
+    }
+}
+
+/// The first half of [`assert_mends`], for what need not show.
+pub(crate) fn assert_mends_while_it_looks_on<T: PartialEq + Debug>(
+    daemon: &mut Daemon,
+    ns: &Namespace,
+    (what, commands): (&str, &[String]),
+    look: impl Fn() -> (T, T),
+) {
+    for command in commands {
+        by_hand(ns, command);
+    }
+    let done = Instant::now();
+    assert_comes(REPAIR, &format!("{what}: to be as it was"), look);
+    println!("{what}: mended after {:?}", done.elapsed());
+    daemon.assert_running();
+}
+
+/// The external address of host `index` is removed and added, and its interface set down and up. With it goes the default
+/// route, which somebody else puts back.
+pub(crate) fn external_damages(overlay: &Overlay, index: usize) -> Vec<Damage> {
+    let ip = overlay.hosts[index].ip();
+    let route = "ip route add default via 192.168.77.254 dev eth0";
+    vec![
+        (
+            "the external interface is set down and up",
+            ["ip link set eth0 down", "ip link set eth0 up", route]
+                .map(str::to_owned)
+                .to_vec(),
+        ),
+        (
+            "the external address is removed and added",
+            vec![
+                format!("ip address del {ip}/24 dev eth0"),
+                format!("ip address add {ip}/24 dev eth0"),
+                route.to_owned(),
+            ],
+        ),
+    ]
 }
 
 /// Runs `ip ...` or `bridge ...` in the namespace, as an administrator would.
