@@ -3,12 +3,11 @@
 mod lab;
 
 use flannel::lab::{HostOptions, Segment};
-use ipnet::Ipv4Net;
 use lab::{
     Daemon, Overlay, PATIENCE, assert_reaches,
     etcd::EtcdServer,
     flow::Flows,
-    original::{Original, delete_lease, lease, put_lease, vxlan_lease},
+    original::{Original, delete_lease, lease, other_subnet, put_lease, vxlan_lease},
     ping,
     programmed::{
         Programmed, REPAIR, addresses, assert_comes, assert_mends, assert_programmed, by_hand, external_damages,
@@ -52,11 +51,6 @@ fn expected(overlay: &Overlay, index: usize) -> Programmed {
     all
 }
 
-/// 10.5.`third`.0/24
-fn tenth(third: u8) -> Ipv4Net {
-    Ipv4Net::new_assert(Ipv4Addr::new(10, 5, third, 0), 24)
-}
-
 #[test]
 fn neighbours_are_routed_to_and_those_behind_the_router_tunnelled_to() {
     let (overlay, server) = overlay("dr_pairs", 2, 2);
@@ -80,6 +74,7 @@ fn neighbours_are_routed_to_and_those_behind_the_router_tunnelled_to() {
         );
     }
     transfer(&[(one, two), (two, three), (three, one)], 2 << 20);
+    overlay.daemons.iter().for_each(Daemon::assert_content);
 }
 
 #[test]
@@ -116,23 +111,23 @@ fn a_peer_that_moves_behind_the_router_and_back_leaves_nothing_behind() {
     let (mut overlay, server) = overlay("dr_moves", 1, 0);
     let (near, distant) = (Ipv4Addr::new(192, 168, 77, 250), Ipv4Addr::new(192, 168, 78, 250));
     let peer_mac = "d2:72:c5:90:ff:50";
-    let direct = Programmed::default().with_route(tenth(250), near);
-    let tunnelled = Programmed::default().with_tunnel(DEVICE, tenth(250), peer_mac, distant);
+    let direct = Programmed::default().with_route(other_subnet(250), near);
+    let tunnelled = Programmed::default().with_tunnel(DEVICE, other_subnet(250), peer_mac, distant);
     for (address, expected) in [
         (near, &direct),
         (distant, &tunnelled),
         (near, &direct),
         (distant, &tunnelled),
     ] {
-        put_lease(&server, tenth(250), &vxlan_lease(address, peer_mac));
+        put_lease(&server, other_subnet(250), &vxlan_lease(address, peer_mac));
         assert_programmed(&overlay.hosts[0], DEVICE, expected, PATIENCE);
     }
     // And while nobody looks.
     overlay.daemons[0].kill9();
-    put_lease(&server, tenth(250), &vxlan_lease(near, peer_mac));
+    put_lease(&server, other_subnet(250), &vxlan_lease(near, peer_mac));
     overlay.daemons[0].start_and_wait();
     assert_programmed(&overlay.hosts[0], DEVICE, &direct, Duration::ZERO);
-    delete_lease(&server, tenth(250));
+    delete_lease(&server, other_subnet(250));
     assert_programmed(&overlay.hosts[0], DEVICE, &Programmed::default(), PATIENCE);
 }
 
@@ -141,9 +136,9 @@ fn a_host_that_comes_onto_a_peers_link_or_leaves_it_moves_its_packets_over() {
     let (overlay, server) = overlay("dr_link", 1, 0);
     let distant = Ipv4Addr::new(192, 168, 78, 250);
     let peer_mac = "d2:72:c5:90:ff:50";
-    put_lease(&server, tenth(250), &vxlan_lease(distant, peer_mac));
-    let direct = Programmed::default().with_route(tenth(250), distant);
-    let tunnelled = Programmed::default().with_tunnel(DEVICE, tenth(250), peer_mac, distant);
+    put_lease(&server, other_subnet(250), &vxlan_lease(distant, peer_mac));
+    let direct = Programmed::default().with_route(other_subnet(250), distant);
+    let tunnelled = Programmed::default().with_tunnel(DEVICE, other_subnet(250), peer_mac, distant);
     let host = &overlay.hosts[0];
     assert_programmed(host, DEVICE, &tunnelled, PATIENCE);
     by_hand(host.ns(), "ip address add 192.168.78.200/24 dev eth0");

@@ -3,43 +3,29 @@
 mod lab;
 
 use flannel::lab::{Host, HostOptions, Segment};
-use ipnet::Ipv4Net;
 use lab::{
     Daemon, Overlay, PATIENCE, Registry, assert_reaches,
     etcd::{EtcdOptions, EtcdServer},
     flow::Flows,
     new_lab,
-    original::{Original, add_route, delete_lease, host_gw_lease, lease, put_lease},
+    original::{Original, add_route, delete_lease, host_gw_lease, lease, other_subnet, public_ip, put_lease},
     output_of, ping,
     programmed::{
-        Programmed, REPAIR, assert_comes, assert_mends, assert_programmed, by_hand, external_damages, link,
-        overlay_devices, plug_in, routes, unplug,
+        NEW_ADDRESS, Programmed, REPAIR, assert_comes, assert_mends, assert_programmed, by_hand, external_damages,
+        link, overlay_devices, plug_in, readdress, routes, unplug,
     },
     traffic::transfer,
 };
-use std::{net::Ipv4Addr, time::Duration};
+use std::time::Duration;
 
 const CONFIG: &str = r#"{"Network":"10.5.0.0/16","Backend":{"Type":"host-gw"}}"#;
 
 /// The device whose neighbours and forwarding entries are looked at: there is to be none.
 const DEVICE: &str = "flannel.1";
 
-/// How soon a new external address is to be published: the connection to etcd dies with the old one, and a silent server is
-/// noticed after 15 s.
-const NEW_ADDRESS: Duration = Duration::from_secs(40);
-
 /// One host with a ready daemon, and an etcd in which the test is all the others.
 fn alone(name: &str) -> (Overlay, EtcdServer) {
     Overlay::start_on_etcd(name, CONFIG, 1)
-}
-
-fn public_ip(last: u8) -> Ipv4Addr {
-    Ipv4Addr::new(192, 168, 77, last)
-}
-
-/// 10.5.`third`.0/24
-fn tenth(third: u8) -> Ipv4Net {
-    Ipv4Net::new_assert(Ipv4Addr::new(10, 5, third, 0), 24)
 }
 
 fn assert_routes(host: &Host, expected: &Programmed, limit: Duration) {
@@ -68,6 +54,7 @@ fn every_pair_is_connected_by_plain_routes() {
     );
     assert!(said.contains(" 1 received"), "{said}");
     transfer(&[(one, two), (two, one)], 4 << 20);
+    overlay.daemons.iter().for_each(Daemon::assert_content);
 }
 
 #[test]
@@ -125,15 +112,15 @@ fn what_others_have_made_is_left_alone() {
     for route in foreign[0] {
         by_hand(&ns, &format!("ip route add {route}"));
     }
-    put_lease(&server, tenth(251), &host_gw_lease(public_ip(251)));
+    put_lease(&server, other_subnet(251), &host_gw_lease(public_ip(251)));
     let ours = Programmed::default()
         .with_foreign(foreign)
-        .with_route(tenth(251), public_ip(251));
+        .with_route(other_subnet(251), public_ip(251));
     assert_routes(&overlay.hosts[0], &ours, PATIENCE);
 
     // A peer that comes and goes, a repair, and both ways of starting anew.
-    put_lease(&server, tenth(250), &host_gw_lease(public_ip(250)));
-    let both = ours.clone().with_route(tenth(250), public_ip(250));
+    put_lease(&server, other_subnet(250), &host_gw_lease(public_ip(250)));
+    let both = ours.clone().with_route(other_subnet(250), public_ip(250));
     assert_routes(&overlay.hosts[0], &both, PATIENCE);
     by_hand(&ns, "ip route del 10.5.250.0/24");
     assert_routes(&overlay.hosts[0], &both, REPAIR);
@@ -141,7 +128,7 @@ fn what_others_have_made_is_left_alone() {
     assert_routes(&overlay.hosts[0], &both, Duration::ZERO);
     overlay.restart_all(Daemon::kill9);
     assert_routes(&overlay.hosts[0], &both, Duration::ZERO);
-    delete_lease(&server, tenth(250));
+    delete_lease(&server, other_subnet(250));
     assert_routes(&overlay.hosts[0], &ours, PATIENCE);
 }
 
@@ -150,10 +137,10 @@ fn a_route_to_the_same_subnet_by_another_way_is_replaced_at_the_start() {
     let (mut overlay, server) = alone("gw_replace");
     let ns = overlay.hosts[0].ns().clone();
     assert!(overlay.daemons[0].stop().success());
-    put_lease(&server, tenth(250), &host_gw_lease(public_ip(250)));
+    put_lease(&server, other_subnet(250), &host_gw_lease(public_ip(250)));
     by_hand(&ns, "ip route add 10.5.250.0/24 via 192.168.77.254 dev eth0");
     overlay.daemons[0].start_and_wait();
-    let expected = Programmed::default().with_route(tenth(250), public_ip(250));
+    let expected = Programmed::default().with_route(other_subnet(250), public_ip(250));
     assert_routes(&overlay.hosts[0], &expected, Duration::ZERO);
 }
 
@@ -205,21 +192,21 @@ fn an_external_interface_that_is_made_again_is_taken_up_again() {
 fn what_left_or_moved_while_the_daemon_was_dead_is_right_after_its_start() {
     let (mut overlay, server) = alone("gw_stale");
     for third in [250, 251] {
-        put_lease(&server, tenth(third), &host_gw_lease(public_ip(third)));
+        put_lease(&server, other_subnet(third), &host_gw_lease(public_ip(third)));
     }
     let both = Programmed::default()
-        .with_route(tenth(250), public_ip(250))
-        .with_route(tenth(251), public_ip(251));
+        .with_route(other_subnet(250), public_ip(250))
+        .with_route(other_subnet(251), public_ip(251));
     assert_routes(&overlay.hosts[0], &both, PATIENCE);
     overlay.daemons[0].kill9();
-    delete_lease(&server, tenth(250));
-    put_lease(&server, tenth(251), &host_gw_lease(public_ip(252)));
+    delete_lease(&server, other_subnet(250));
+    put_lease(&server, other_subnet(251), &host_gw_lease(public_ip(252)));
     overlay.daemons[0].start_and_wait();
-    let expected = Programmed::default().with_route(tenth(251), public_ip(252));
+    let expected = Programmed::default().with_route(other_subnet(251), public_ip(252));
     assert_routes(&overlay.hosts[0], &expected, Duration::ZERO);
     // And while it runs.
-    put_lease(&server, tenth(251), &host_gw_lease(public_ip(253)));
-    let expected = Programmed::default().with_route(tenth(251), public_ip(253));
+    put_lease(&server, other_subnet(251), &host_gw_lease(public_ip(253)));
+    let expected = Programmed::default().with_route(other_subnet(251), public_ip(253));
     assert_routes(&overlay.hosts[0], &expected, PATIENCE);
 }
 
@@ -298,13 +285,7 @@ fn the_lease_follows_the_external_address_and_traffic_goes_on() {
         overlay.hosts[0].ip(),
         public_ip(101),
     );
-    for line in [
-        format!("ip address del {old}/24 dev eth0"),
-        format!("ip address add {new}/24 dev eth0"),
-        "ip route add default via 192.168.77.254 dev eth0".to_owned(),
-    ] {
-        by_hand(&ns, &line);
-    }
+    readdress(&ns, old, new);
     assert_comes(NEW_ADDRESS, "the new address to be published", || {
         (lease(&server, subnet), host_gw_lease(new))
     });
@@ -343,7 +324,7 @@ fn a_host_of_the_original_is_taken_over_without_losing_a_packet() {
     assert_routes(&overlay.hosts[0], &theirs, PATIENCE);
     assert_reaches(&overlay.containers[0].ns, original.container.ip);
     // Not in the shape that vxlan's routes have: nobody can tell whose it is.
-    add_route(ns, tenth(250), public_ip(250));
+    add_route(ns, other_subnet(250), public_ip(250));
 
     let flows = Flows::start(&original.container, &overlay.containers[0]);
     let mut daemon = Daemon::new(&overlay.lab, &original.host, &overlay.registry);

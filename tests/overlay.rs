@@ -8,10 +8,10 @@ use flannel::{
 };
 use lab::{
     CONFIG, Daemon, Overlay, PATIENCE, Registry, assert_loses, assert_reaches, inside, new_lab,
-    original::lease,
+    original::{lease, public_ip},
     output_of, ping,
     plain_peer::free_subnet,
-    programmed::{assert_comes, by_hand, link},
+    programmed::{NEW_ADDRESS, assert_comes, by_hand, link, readdress},
     stream,
     traffic::transfer,
 };
@@ -394,15 +394,8 @@ fn the_overlay_follows_the_external_address_and_mtu() {
         overlay.assert_all_reach_all();
     }
 
-    for line in [
-        format!("ip address del {}/24 dev eth0", overlay.hosts[0].ip()),
-        "ip address add 192.168.77.101/24 dev eth0".to_owned(),
-        "ip route add default via 192.168.77.254 dev eth0".to_owned(),
-    ] {
-        by_hand(&ns, &line);
-    }
-    // The connection to etcd dies with the old address, and a silent server is noticed after 15 s.
-    assert_comes(2 * PATIENCE, "the new address to be published", || {
+    readdress(&ns, overlay.hosts[0].ip(), public_ip(101));
+    assert_comes(NEW_ADDRESS, "the new address to be published", || {
         let expected = r#"{"PublicIP":"192.168.77.101","PublicIPv6":null}"#;
         (lease(&server, subnet), expected.to_owned())
     });

@@ -172,3 +172,68 @@ fn a_daemon_that_finds_the_new_backend_first_waits_for_no_other() {
     overlay.daemons[1].start_and_wait();
     assert_only(&overlay, &server, HOST_GW);
 }
+
+#[test]
+fn two_overlays_on_the_same_hosts_do_not_touch_each_other() {
+    let (mut overlay, _server) = Overlay::start_on_etcd("switch_two", &config(VXLAN), 2);
+    let registry = overlay.registry.clone().with("--etcd-prefix=/second");
+    let configure = |overlay: &Overlay, backend: &str| {
+        let other = config(backend).replace("10.5.", "10.9.");
+        registry.configure(overlay.hosts[0].ns(), &other);
+    };
+    configure(&overlay, VXLAN_7);
+    let mut second: Vec<Daemon> = overlay
+        .hosts
+        .iter()
+        .map(|host| Daemon::named(&format!("{}b", host.name()), &overlay.lab, host, &registry))
+        .collect();
+    for daemon in &mut second {
+        daemon.start_and_wait();
+    }
+    let subnet = |daemon: &Daemon| daemon.subnet().subnet.trunc();
+    // The first overlay's entries, and the second one's.
+    let expected = |overlay: &Overlay, second: &[Daemon], index: usize, backend: &str| {
+        let (peer, subnet) = (&overlay.hosts[1 - index], subnet(&second[1 - index]));
+        let first = tunnels(overlay, index, "flannel.1");
+        let (one, two) = match backend {
+            HOST_GW => (first.with_route(subnet, peer.ip()), Programmed::default()),
+            _ => {
+                let peer_mac = mac(peer.ns(), "flannel.7");
+                let all = Programmed::default().with_tunnel("flannel.7", subnet, &peer_mac, peer.ip());
+                let routes: Vec<&str> = all.routes.iter().map(String::as_str).collect();
+                (first.with_foreign([&routes, &[], &[]]), all.clone())
+            }
+        };
+        (one, two.neighbours, two.forwarding)
+    };
+    let look = |overlay: &Overlay, index: usize| {
+        let ns = overlay.hosts[index].ns();
+        let two = Programmed::of(ns, "flannel.7");
+        (Programmed::of(ns, "flannel.1"), two.neighbours, two.forwarding)
+    };
+    let assert_both = |overlay: &Overlay, second: &[Daemon], backend: &str| {
+        for index in [0, 1] {
+            assert_comes(PATIENCE, "both overlays' entries", || {
+                (look(overlay, index), expected(overlay, second, index, backend))
+            });
+        }
+        overlay.assert_all_reach_all();
+    };
+    assert_both(&overlay, &second, VXLAN_7);
+    lab::assert_reaches(overlay.hosts[0].ns(), subnet(&second[1]).network());
+
+    // Starts of one, and of the other.
+    overlay.restart_all(Daemon::kill9);
+    assert_both(&overlay, &second, VXLAN_7);
+    configure(&overlay, HOST_GW);
+    for daemon in &mut second {
+        assert!(daemon.stop().success());
+        daemon.start_and_wait();
+    }
+    assert_both(&overlay, &second, HOST_GW);
+    overlay.restart_all(|daemon| assert!(daemon.stop().success()));
+    assert_both(&overlay, &second, HOST_GW);
+    for host in &overlay.hosts {
+        assert_eq!(overlay_devices(host.ns()), ["flannel.1"]);
+    }
+}

@@ -10,11 +10,14 @@ use lab::{
     etcd::{EtcdOptions, EtcdServer},
     flow::Flows,
     new_lab,
-    original::{Original, add_tunnel, delete_lease, lease, put_lease, put_leases, vxlan_lease},
+    original::{
+        Original, add_tunnel, delete_lease, lease, other_subnet, public_ip, put_lease, put_leases, vxlan_lease,
+    },
     output_of, ping,
     programmed::{
-        Damage, Programmed, REPAIR, addresses, assert_comes, assert_mends, assert_mends_while_it_looks_on,
-        assert_programmed, by_hand, external_damages, ifindex, in_one_go, link, mac, plug_in, tunnels, unplug,
+        Damage, NEW_ADDRESS, Programmed, REPAIR, addresses, assert_comes, assert_mends, assert_mends_while_it_looks_on,
+        assert_programmed, by_hand, external_damages, ifindex, in_one_go, link, mac, plug_in, readdress, tunnels,
+        unplug,
     },
     traffic::transfer,
 };
@@ -34,10 +37,6 @@ const CONFIG: &str = r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#;
 /// What vxlan leaves of 1,500 bytes.
 const MTU: u32 = 1_450;
 
-/// How soon a new external address is to be published: the connection to etcd dies with the old one, and a silent server is
-/// noticed after 15 s.
-const NEW_ADDRESS: Duration = Duration::from_secs(40);
-
 /// One host with a ready daemon, and an etcd in which the test is all the others.
 fn alone(name: &str) -> (Overlay, EtcdServer) {
     Overlay::start_on_etcd(name, CONFIG, 1)
@@ -54,10 +53,6 @@ fn is_up(ns: &Namespace, device: &str) -> bool {
 
 fn mtu(ns: &Namespace, device: &str) -> u64 {
     link(ns, device).map_or(0, |link| link["mtu"].as_u64().unwrap())
-}
-
-fn public_ip(last: u8) -> Ipv4Addr {
-    Ipv4Addr::new(192, 168, 77, last)
 }
 
 #[test]
@@ -107,6 +102,7 @@ fn every_pair_is_connected_and_all_is_as_the_original_makes_it() {
     );
     assert!(said.contains(" 1 received"), "{said}");
     transfer(&[(one, two), (two, one)], 4 << 20);
+    overlay.daemons.iter().for_each(Daemon::assert_content);
 }
 
 fn has_gbp(info: &Value) -> bool {
@@ -249,8 +245,8 @@ fn whatever_someone_breaks_is_mended_within_two_seconds() {
 #[test]
 fn what_others_have_made_is_left_alone() {
     let (mut overlay, server) = alone("vx_foreign");
-    let (passing, passing_mac) = (tenth(250), "d2:72:c5:90:ff:50");
-    let (staying, staying_mac) = (tenth(251), "d2:72:c5:90:ff:51");
+    let (passing, passing_mac) = (other_subnet(250), "d2:72:c5:90:ff:50");
+    let (staying, staying_mac) = (other_subnet(251), "d2:72:c5:90:ff:51");
     put_lease(&server, staying, &vxlan_lease(public_ip(251), staying_mac));
     let ours = Programmed::default().with_tunnel(DEVICE, staying, staying_mac, public_ip(251));
     assert_programmed(&overlay.hosts[0], DEVICE, &ours, PATIENCE);
@@ -522,31 +518,27 @@ fn five_thousand_peers_are_programmed_at_the_start_and_one_more_costs_little() {
 }
 
 #[test]
-fn what_left_while_the_daemon_was_dead_is_gone_after_its_start() {
+fn what_left_or_changed_while_the_daemon_was_dead_is_right_after_its_start() {
     let (mut overlay, server) = alone("vx_stale");
-    let subnets = [250, 251].map(tenth);
-    for (subnet, last) in subnets.into_iter().zip([250, 251]) {
-        put_lease(
-            &server,
-            subnet,
-            &vxlan_lease(public_ip(last), &format!("d2:72:c5:90:ff:{last:x}")),
-        );
-    }
-    let stays = Programmed::default().with_tunnel(DEVICE, subnets[1], "d2:72:c5:90:ff:fb", public_ip(251));
-    let both = stays
-        .clone()
-        .with_tunnel(DEVICE, subnets[0], "d2:72:c5:90:ff:fa", public_ip(250));
-    assert_programmed(&overlay.hosts[0], DEVICE, &both, PATIENCE);
+    let put = |third: u8, host: u8, mac: &str| {
+        put_lease(&server, other_subnet(third), &vxlan_lease(public_ip(host), mac));
+        Programmed::default().with_tunnel(DEVICE, other_subnet(third), mac, public_ip(host))
+    };
+    let [a, b, c, d] = [10, 11, 12, 13].map(|last| format!("d2:72:c5:90:ff:{last:02x}"));
+    let before = put(250, 250, &a).and(put(251, 251, &b)).and(put(252, 252, &c));
+    assert_programmed(&overlay.hosts[0], DEVICE, &before, PATIENCE);
     overlay.daemons[0].kill9();
-    delete_lease(&server, subnets[0]);
+    delete_lease(&server, other_subnet(250));
+    // One has another MAC, one another address, and one is new.
+    let after = put(251, 251, &d).and(put(252, 253, &c)).and(put(253, 250, &a));
     overlay.daemons[0].start_and_wait();
-    assert_programmed(&overlay.hosts[0], DEVICE, &stays, Duration::ZERO);
+    assert_programmed(&overlay.hosts[0], DEVICE, &after, Duration::ZERO);
 }
 
 #[test]
 fn a_peer_with_another_mac_or_address_leaves_nothing_of_the_old() {
     let (overlay, server) = alone("vx_moves");
-    let [one, two] = [250, 251].map(tenth);
+    let [one, two] = [250, 251].map(other_subnet);
     let [a, b, c] = ["d2:72:c5:90:ff:0a", "d2:72:c5:90:ff:0b", "d2:72:c5:90:ff:0c"];
     let comes = |leases: &[(Ipv4Net, u8, &str)]| {
         let mut expected = Programmed::default();
@@ -578,12 +570,7 @@ fn a_peer_with_another_mac_or_address_leaves_nothing_of_the_old() {
 /// A lease of 10.5.`third`.0/24 at 192.168.77.`third`, with these members beside the address.
 fn put_other(server: &EtcdServer, third: u8, members: &str) {
     let value = format!(r#"{{"PublicIP":"{}","PublicIPv6":null,{members}}}"#, public_ip(third));
-    put_lease(server, tenth(third), &value);
-}
-
-/// 10.5.`third`.0/24
-fn tenth(third: u8) -> Ipv4Net {
-    Ipv4Net::new_assert(Ipv4Addr::new(10, 5, third, 0), 24)
+    put_lease(server, other_subnet(third), &value);
 }
 
 #[test]
@@ -616,7 +603,7 @@ fn leases_of_the_original_are_understood_in_all_their_forms_and_others_skipped()
     let mut expected = Programmed::default();
     for (third, members, mac) in good {
         put_other(&server, third, members);
-        expected = expected.with_tunnel(DEVICE, tenth(third), mac, public_ip(third));
+        expected = expected.with_tunnel(DEVICE, other_subnet(third), mac, public_ip(third));
     }
     assert_programmed(&overlay.hosts[0], DEVICE, &expected, PATIENCE);
 
@@ -639,20 +626,20 @@ fn leases_of_the_original_are_understood_in_all_their_forms_and_others_skipped()
     for (third, members) in bad {
         put_other(&server, third, members);
     }
-    put_lease(&server, tenth(247), "{broken");
+    put_lease(&server, other_subnet(247), "{broken");
     server.etcdctl(&["put", "/coreos.com/network/subnets/10.5.248-24", "{}"]);
     // What was a peer and is one no longer, in the middle of all the others.
-    put_lease(&server, tenth(251), "{broken");
+    put_lease(&server, other_subnet(251), "{broken");
     put_other(
         &server,
         254,
         r#""BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"d2:72:c5:90:ff:55"}"#,
     );
-    let gone = Programmed::default().with_tunnel(DEVICE, tenth(251), "d2:72:c5:90:ff:51", public_ip(251));
+    let gone = Programmed::default().with_tunnel(DEVICE, other_subnet(251), "d2:72:c5:90:ff:51", public_ip(251));
     expected.routes.retain(|line| !gone.routes.contains(line));
     expected.neighbours.retain(|line| !gone.neighbours.contains(line));
     expected.forwarding.retain(|line| !gone.forwarding.contains(line));
-    let expected = expected.with_tunnel(DEVICE, tenth(254), "d2:72:c5:90:ff:55", public_ip(254));
+    let expected = expected.with_tunnel(DEVICE, other_subnet(254), "d2:72:c5:90:ff:55", public_ip(254));
     assert_programmed(&overlay.hosts[0], DEVICE, &expected, PATIENCE);
 
     let log = overlay.daemons[0].log();
@@ -771,6 +758,26 @@ fn a_device_that_is_somebody_elses_is_named_and_left_alone() {
 }
 
 #[test]
+fn ipv6_is_refused_with_what_has_it() {
+    let mut lab = new_lab("vx_dual");
+    let registry = Registry::embedded(&lab);
+    let host = lab.host("h1").unwrap();
+    let families = r#""EnableIPv6":true,"IPv6Network":"fd00:12:13::/48""#;
+    registry.configure(
+        host.ns(),
+        &CONFIG.replace(r#""Backend""#, &format!(r#"{families},"Backend""#)),
+    );
+    let mut daemon = Daemon::new(&lab, &host, &registry);
+    daemon.start();
+    assert_eq!(daemon.wait_exit().code(), Some(1));
+    let log = daemon.log();
+    for part in ["EnableIPv6", "vxlan", "udp"] {
+        assert!(log.contains(part), "{part} is not in {log}");
+    }
+    assert_eq!(ifindex(host.ns(), DEVICE), 0);
+}
+
+#[test]
 fn a_new_subnet_takes_the_place_of_the_old_one_on_the_device() {
     let (mut overlay, server) = Overlay::start_on_etcd("vx_subnet", CONFIG, 2);
     overlay.assert_all_reach_all();
@@ -778,7 +785,11 @@ fn a_new_subnet_takes_the_place_of_the_old_one_on_the_device() {
     let index = ifindex(&ns, DEVICE);
     assert!(overlay.daemons[0].stop().success());
     delete_lease(&server, before);
-    let reserved = if before == tenth(7) { tenth(8) } else { tenth(7) };
+    let reserved = if before == other_subnet(7) {
+        other_subnet(8)
+    } else {
+        other_subnet(7)
+    };
     let ip = overlay.hosts[0].ip().to_string();
     let reserve = ["leases", "reserve", &reserved.to_string(), "--public-ip", &ip];
     overlay.registry.flanneld(&ns, &reserve);
@@ -837,13 +848,7 @@ fn the_lease_follows_the_external_address_and_traffic_goes_on() {
         overlay.hosts[0].ip(),
         public_ip(101),
     );
-    for line in [
-        format!("ip address del {old}/24 dev eth0"),
-        format!("ip address add {new}/24 dev eth0"),
-        "ip route add default via 192.168.77.254 dev eth0".to_owned(),
-    ] {
-        by_hand(&ns, &line);
-    }
+    readdress(&ns, old, new);
     assert_comes(NEW_ADDRESS, "the new address to be published", || {
         (lease(&server, subnet), vxlan_lease(new, &mac(&ns, DEVICE)))
     });
@@ -864,9 +869,7 @@ fn the_lease_follows_an_address_that_changes_again_at_once() {
     // For as long as the first change takes until it is seen, and a little longer.
     for (pause, addresses) in [(0, [1, 101, 102]), (60, [102, 103, 1])] {
         for pair in addresses.windows(2) {
-            by_hand(&ns, &format!("ip address del {}/24 dev eth0", public_ip(pair[0])));
-            by_hand(&ns, &format!("ip address add {}/24 dev eth0", public_ip(pair[1])));
-            by_hand(&ns, "ip route add default via 192.168.77.254 dev eth0");
+            readdress(&ns, public_ip(pair[0]), public_ip(pair[1]));
             thread::sleep(Duration::from_millis(pause));
         }
         let last = public_ip(addresses[2]);
@@ -902,7 +905,7 @@ fn a_host_of_the_original_is_taken_over_without_losing_a_packet() {
     let original = Original::vxlan(&mut overlay, &server, &HostOptions::default());
     let (ns, ip) = (original.host.ns(), original.host.ip());
     // A peer that left while nobody was there to remove it.
-    add_tunnel(ns, tenth(250), "d2:72:c5:90:ff:50", public_ip(250));
+    add_tunnel(ns, other_subnet(250), "d2:72:c5:90:ff:50", public_ip(250));
     let theirs = Programmed::default().with_tunnel(DEVICE, original.subnet, original.mac, ip);
     assert_programmed(&overlay.hosts[0], DEVICE, &theirs, PATIENCE);
     assert_reaches(&overlay.containers[0].ns, original.container.ip);

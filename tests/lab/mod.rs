@@ -297,6 +297,12 @@ impl Daemon {
         );
     }
 
+    /// Fails the test when it has complained of anything.
+    pub(crate) fn assert_content(&self) {
+        let log = self.log();
+        assert!(!log.contains("WARN") && !log.contains("ERROR"), "{}: {log}", self.name);
+    }
+
     fn remember_log(&mut self) {
         self.process = None;
         self.notify = None;

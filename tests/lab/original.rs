@@ -12,6 +12,16 @@ const VXLAN_MTU: u32 = 1_450;
 /// Where the leases are.
 const SUBNETS: &str = "/coreos.com/network/subnets/";
 
+/// The address of a host of the original that is only a lease: in the hosts' network, far above those of the lab.
+pub(crate) fn public_ip(last: u8) -> Ipv4Addr {
+    Ipv4Addr::new(192, 168, 77, last)
+}
+
+/// Its subnet, 10.5.`third`.0/24.
+pub(crate) fn other_subnet(third: u8) -> Ipv4Net {
+    Ipv4Net::new_assert(Ipv4Addr::new(10, 5, third, 0), 24)
+}
+
 /// The lease's key in etcd.
 fn key(subnet: Ipv4Net) -> String {
     format!("{SUBNETS}{}", subnet.trunc().to_string().replace('/', "-"))

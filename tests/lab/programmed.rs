@@ -16,6 +16,10 @@ use std::{
 /// How soon what someone breaks is to be mended.
 pub(crate) const REPAIR: Duration = Duration::from_secs(2);
 
+/// How soon a new external address is to be published: the connection to etcd dies with the old one, and a silent server is
+/// noticed after 15 s.
+pub(crate) const NEW_ADDRESS: Duration = Duration::from_secs(40);
+
 /// A host's entries for the overlay, in the words of `ip` and `bridge`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Programmed {
@@ -58,6 +62,14 @@ impl Programmed {
     pub(crate) fn with_route(mut self, subnet: Ipv4Net, public_ip: Ipv4Addr) -> Programmed {
         self.routes
             .insert(format!("{subnet} via {public_ip} dev eth0 proto 85"));
+        self
+    }
+
+    /// And all of another one.
+    pub(crate) fn and(mut self, other: Programmed) -> Programmed {
+        self.routes.extend(other.routes);
+        self.neighbours.extend(other.neighbours);
+        self.forwarding.extend(other.forwarding);
         self
     }
 
@@ -183,6 +195,17 @@ pub(crate) fn external_damages(overlay: &Overlay, index: usize) -> Vec<Damage> {
             ],
         ),
     ]
+}
+
+/// Gives the external interface another address. With the old one goes the default route, which somebody else puts back.
+pub(crate) fn readdress(ns: &Namespace, old: Ipv4Addr, new: Ipv4Addr) {
+    for line in [
+        format!("ip address del {old}/24 dev eth0"),
+        format!("ip address add {new}/24 dev eth0"),
+        "ip route add default via 192.168.77.254 dev eth0".to_owned(),
+    ] {
+        by_hand(ns, &line);
+    }
 }
 
 /// Runs `ip ...` or `bridge ...` in the namespace, as an administrator would.
