@@ -215,23 +215,35 @@ async fn serve(settings: &Settings, slot: &PresenceSlot) -> Result<(), Error> {
             () = sleep_until(at) => {
                 if let Some(value) = run.look(look)? {
                     addresses.add(value.public_ip);
-                    moving = Box::pin(move_lease(&settings.registry, slot, run.lease.clone(), value));
+                    moving = Box::pin(move_lease(settings, slot, run.lease.clone(), &addresses, value));
                 }
             }
             moved = &mut moving => {
                 moving = Box::pin(pending());
-                let (presence, lease) = moved?;
+                let Moved { lease, claimed, released } = moved?;
                 info!("published the new PublicIP {}", lease.value.public_ip);
                 addresses.settle(lease.value.public_ip);
                 run.lease = lease;
-                present = Box::pin(keep_presence(presence));
+                present = Box::pin(keep_presence(claimed));
+                if let Some(released) = released {
+                    // The registry may be slow, and forgets it by itself.
+                    tokio::spawn(async move { timeout(LEAVE, released.withdraw()).await });
+                }
             }
         }
     }
 }
 
-/// The lease with its new PublicIP, and the claim to that.
-type MovingLease<'a> = Pin<Box<dyn Future<Output = Result<(Option<Arc<Presence>>, Lease), Error>> + 'a>>;
+type MovingLease<'a> = Pin<Box<dyn Future<Output = Result<Moved, Error>> + 'a>>;
+
+/// A lease with a new PublicIP.
+struct Moved {
+    lease: Lease,
+    /// The claim to that.
+    claimed: Option<Arc<Presence>>,
+    /// The claim to the PublicIP before.
+    released: Option<Arc<Presence>>,
+}
 
 /// Where the claim is kept that is to be taken back in the end.
 type PresenceSlot = RefCell<Option<Arc<Presence>>>;
@@ -302,6 +314,7 @@ impl Run<'_> {
             self.interface.over();
             return Ok(None);
         }
+        let mtu = self.backend.mtu();
         if let Err(error) = self.backend.adapt(&now) {
             self.interface.failed(&error.to_string());
             return Ok(None);
@@ -319,10 +332,11 @@ impl Run<'_> {
             self.external.mtu
         );
         let before = std::mem::replace(&mut self.external, now);
-        if self.external.mtu != before.mtu && self.ready {
+        if self.backend.mtu() != mtu && self.ready {
             self.write_subnet_file()?;
             warn!(
-                "containers may now send packets of {} bytes: restart Docker, or what else reads {}, so that they learn of it",
+                "containers may now send packets of {} bytes, and not of {mtu}: restart Docker, or what else reads {}, so that \
+                 they learn of it",
                 self.backend.mtu(),
                 self.settings.subnet_file.display()
             );
@@ -355,31 +369,29 @@ impl Run<'_> {
     }
 }
 
-/// Publishes another PublicIP in this host's lease, and claims it. The old one is free then.
+/// Claims another PublicIP, and publishes it in this host's lease.
 async fn move_lease(
-    registry: &Arc<dyn Registry>,
+    settings: &Settings,
     slot: &PresenceSlot,
     own: Lease,
+    addresses: &OwnAddresses,
     value: LeaseValue,
-) -> Result<(Option<Arc<Presence>>, Lease), Error> {
+) -> Result<Moved, Error> {
     let held = slot.borrow().clone();
-    let presence = match held {
-        Some(held) if held.public_ip() == value.public_ip => Some(held),
-        held => {
-            let claimed = claim(registry, value.public_ip, slot).await?;
-            if let Some(held) = held {
-                // The registry may be slow, and forgets it by itself.
-                tokio::spawn(async move { timeout(LEAVE, held.withdraw()).await });
-            }
-            claimed
-        }
+    let (claimed, released) = match held {
+        Some(held) if held.public_ip() == value.public_ip => (Some(held), None),
+        held => (claim(&settings.registry, value.public_ip, slot).await?, held),
     };
     let mut outage = Outage::of("publishing the new PublicIP");
     loop {
-        match republish(&**registry, &own, &value).await {
+        match republish(&*settings.registry, &own, addresses, &value).await {
             Ok(Some(lease)) => {
                 outage.over();
-                return Ok((presence, lease));
+                return Ok(Moved {
+                    lease,
+                    claimed,
+                    released,
+                });
             }
             // It is not ours any more, which the watch will tell.
             Ok(None) => pending().await,

@@ -57,6 +57,8 @@ pub struct Vxlan {
     device: Option<u32>,
     programming: Programming,
     complaints: Complaints,
+    /// Those that are found by looking at the device, which is not done each time.
+    device_complaints: Complaints,
 }
 
 impl Vxlan {
@@ -76,6 +78,7 @@ impl Vxlan {
             device: None,
             programming: Programming::new(Kernel::open()?, overlays),
             complaints: Complaints::default(),
+            device_complaints: Complaints::default(),
         };
         if let Some(wanted) = vxlan.configuration.mtu.map(u32::from)
             && wanted > external.mtu
@@ -87,10 +90,14 @@ impl Vxlan {
         }
         // Peers know the device by its MAC.
         if let Some(found) = vxlan.find()? {
-            if !found.link.addresses.is_empty() && overlay_address(&found.link.addresses, overlays).is_none() {
+            let addresses = &found.link.addresses;
+            // An IPv6 address may be the kernel's own doing.
+            if let Some(address) = addresses.iter().find(|address| address.addr().is_ipv4())
+                && overlay_address(addresses, overlays).is_none()
+            {
                 return Err(Error::ForeignDevice {
                     name: vxlan.name,
-                    address: found.link.addresses[0],
+                    address: *address,
                     overlay: overlays.current,
                 });
             }
@@ -209,9 +216,10 @@ impl Vxlan {
         if !self.configuration.tx_checksum
             && let Err(error) = no_tx_checksum(name)
         {
-            self.complaints
+            self.device_complaints
                 .say(format!("cannot switch off the checksum offload of {name}: {error}"));
         }
+        self.device_complaints.end_round();
         Ok(())
     }
 

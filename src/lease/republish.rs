@@ -2,11 +2,14 @@
 
 use tracing::info;
 
-use super::record::{Lease, LeaseValue, SUBNETS};
+use super::{
+    record::{Lease, LeaseValue, SUBNETS},
+    watch::OwnAddresses,
+};
 use crate::registry::{self, Registry};
 
 /// Puts `value` into the record of `own`, which keeps its time to live; what stands there then. `None` when the record is
-/// gone or someone else's: of that the watch of the leases tells.
+/// gone or, by its PublicIP, none of `addresses`: of that the watch of the leases tells.
 ///
 /// Other leases with the PublicIP of `value` are released: they are this host's from an earlier time, and others would send
 /// to both. Reservations stay, as when a lease is taken.
@@ -16,6 +19,7 @@ use crate::registry::{self, Registry};
 pub async fn republish(
     registry: &dyn Registry,
     own: &Lease,
+    addresses: &OwnAddresses,
     value: &LeaseValue,
 ) -> Result<Option<Lease>, registry::Error> {
     let mut others = Vec::new();
@@ -44,7 +48,7 @@ pub async fn republish(
         if there.value == *value {
             return Ok(Some(there));
         }
-        if there.value.public_ip != own.value.public_ip {
+        if !addresses.ever_contained(there.value.public_ip) {
             return Ok(None);
         }
         if let Some(record) = registry.replace(&record, &value.to_bytes()).await? {
@@ -70,6 +74,12 @@ mod tests {
         LeaseValue::new(Ipv4Addr::new(192, 0, 2, number))
     }
 
+    async fn move_to(registry: &MemoryRegistry, own: &Lease, number: u8) -> Option<Lease> {
+        let addresses = OwnAddresses::new(own.value.public_ip);
+        addresses.add(host(number).public_ip);
+        republish(registry, own, &addresses, &host(number)).await.unwrap()
+    }
+
     async fn leased(registry: &MemoryRegistry, key: &str, number: u8) -> Lease {
         let record = registry
             .create(key, &host(number).to_bytes(), Some(DAY))
@@ -83,12 +93,12 @@ mod tests {
     async fn the_subnet_and_its_time_stay_and_the_address_changes() {
         let registry = MemoryRegistry::new();
         let own = leased(&registry, "subnets/10.5.1.0-24", 1).await;
-        let new = republish(&registry, &own, &host(9)).await.unwrap().unwrap();
+        let new = move_to(&registry, &own, 9).await.unwrap();
         assert_eq!((new.subnets, new.ttl), (own.subnets, own.ttl));
         let stored = registry.get("subnets/10.5.1.0-24").await.unwrap().unwrap();
         assert_eq!(stored.value, host(9).to_bytes());
         assert_eq!((stored.revision, stored.ttl), (new.revision, own.ttl));
-        assert_eq!(republish(&registry, &own, &host(9)).await.unwrap(), Some(new));
+        assert_eq!(move_to(&registry, &own, 9).await, Some(new));
     }
 
     #[tokio::test]
@@ -98,7 +108,7 @@ mod tests {
         leased(&registry, "subnets/10.5.2.0-24", 9).await;
         leased(&registry, "subnets/10.5.3.0-24", 3).await;
         registry.put("subnets/10.5.4.0-24", &host(9).to_bytes()).await.unwrap();
-        republish(&registry, &own, &host(9)).await.unwrap().unwrap();
+        move_to(&registry, &own, 9).await.unwrap();
         let keys: Vec<_> = registry
             .list(SUBNETS)
             .await
@@ -117,10 +127,10 @@ mod tests {
         let registry = MemoryRegistry::new();
         let own = leased(&registry, "subnets/10.5.1.0-24", 1).await;
         registry.put("subnets/10.5.1.0-24", &host(7).to_bytes()).await.unwrap();
-        assert_eq!(republish(&registry, &own, &host(9)).await.unwrap(), None);
+        assert_eq!(move_to(&registry, &own, 9).await, None);
         let record = registry.get("subnets/10.5.1.0-24").await.unwrap().unwrap();
         assert_eq!(record.value, host(7).to_bytes());
         registry.delete(&record).await.unwrap();
-        assert_eq!(republish(&registry, &own, &host(9)).await.unwrap(), None);
+        assert_eq!(move_to(&registry, &own, 9).await, None);
     }
 }

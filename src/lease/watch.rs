@@ -19,32 +19,53 @@ use super::record::{BackendType, Lease, SUBNETS, Subnets, subnets_of};
 /// All other hosts that use this host's backend, by subnet.
 pub type PeerSet = BTreeMap<Subnets, Lease>;
 
-/// The PublicIPs by which this host knows its own lease: the one that it has and, while it changes, the one to come.
+/// The PublicIPs by which this host knows its own lease.
 #[derive(Debug, Clone)]
-pub struct OwnAddresses(Arc<Mutex<Vec<Ipv4Addr>>>);
+pub struct OwnAddresses(Arc<Mutex<Addresses>>);
+
+#[derive(Debug)]
+struct Addresses {
+    /// The one that the host has and, while it changes, the one to come.
+    present: Vec<Ipv4Addr>,
+    /// All that this process has ever published or was about to: the watch may lag behind.
+    ever: Vec<Ipv4Addr>,
+}
 
 impl OwnAddresses {
     /// The one.
     pub fn new(address: Ipv4Addr) -> Self {
-        Self(Arc::new(Mutex::new(vec![address])))
+        Self(Arc::new(Mutex::new(Addresses {
+            present: vec![address],
+            ever: vec![address],
+        })))
     }
 
     /// One to come.
     pub fn add(&self, address: Ipv4Addr) {
-        self.locked().push(address);
+        let mut addresses = self.locked();
+        addresses.present.push(address);
+        if !addresses.ever.contains(&address) {
+            addresses.ever.push(address);
+        }
     }
 
     /// The others are not this host's any more.
     pub fn settle(&self, address: Ipv4Addr) {
-        *self.locked() = vec![address];
+        self.locked().present = vec![address];
     }
 
-    fn contain(&self, address: Ipv4Addr) -> bool {
-        self.locked().contains(&address)
+    /// Whether a host with this address is this one.
+    pub fn contain(&self, address: Ipv4Addr) -> bool {
+        self.locked().present.contains(&address)
+    }
+
+    /// Whether a record with this address may have been written by this process.
+    pub fn ever_contained(&self, address: Ipv4Addr) -> bool {
+        self.locked().ever.contains(&address)
     }
 
     /// Nobody panics while holding it.
-    fn locked(&self) -> MutexGuard<'_, Vec<Ipv4Addr>> {
+    fn locked(&self) -> MutexGuard<'_, Addresses> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -177,7 +198,7 @@ impl View {
             }
         };
         if lease.subnets == self.own {
-            if !self.addresses.contain(lease.value.public_ip) {
+            if !self.addresses.ever_contained(lease.value.public_ip) {
                 return Err(self.revoked(&format!("it now belongs to PublicIP {}", lease.value.public_ip)));
             }
         } else if self.addresses.contain(lease.value.public_ip) {
@@ -412,14 +433,14 @@ mod tests {
         watch.registry.put("subnets/10.5.3.0-24", &value(1)).await.unwrap();
         watch.registry.put("subnets/10.5.2.0-24", &value(9)).await.unwrap();
         watch.expect(&["10.5.3.0-24@192.0.2.1"]).await;
-        watch.registry.put(OWN, &value(1)).await.unwrap();
+        watch.registry.put(OWN, &value(8)).await.unwrap();
         assert!(
             watch
                 .task
                 .await
                 .unwrap()
                 .to_string()
-                .contains("belongs to PublicIP 192.0.2.1")
+                .contains("belongs to PublicIP 192.0.2.8")
         );
     }
 
