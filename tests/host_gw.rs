@@ -87,6 +87,22 @@ fn whatever_someone_breaks_is_mended_within_two_seconds() {
             ],
         ),
     ];
+    let peer = overlay.hosts[1].ip();
+    damages.extend([
+        (
+            "a route gets a second way",
+            vec![format!(
+                "ip route replace {subnet} nexthop via {peer} dev eth0 nexthop via 192.168.77.254 dev eth0"
+            )],
+        ),
+        (
+            "a route leads to a next hop of its own kind",
+            vec![
+                format!("ip nexthop replace id 7 via {peer} dev eth0"),
+                format!("ip route replace {subnet} nhid 7"),
+            ],
+        ),
+    ]);
     damages.extend(external_damages(&overlay, 0));
     let expected = routes(&overlay, 0);
     let look = || (Programmed::of(&ns, DEVICE), expected.clone());

@@ -181,6 +181,12 @@ pub(crate) fn external_damages(overlay: &Overlay, index: usize) -> Vec<Damage> {
     let route = "ip route add default via 192.168.77.254 dev eth0";
     vec![
         (
+            "the external interface is set down and up, and the default route comes late",
+            ["ip link set eth0 down", "ip link set eth0 up"]
+                .map(str::to_owned)
+                .to_vec(),
+        ),
+        (
             "the external interface is set down and up",
             ["ip link set eth0 down", "ip link set eth0 up", route]
                 .map(str::to_owned)
