@@ -3,7 +3,6 @@
 mod lab;
 
 use std::{
-    fs,
     net::{IpAddr, Ipv4Addr},
     thread,
     time::{Duration, Instant},
@@ -21,7 +20,10 @@ use flannel::{
     sys::ethtool,
 };
 use lab::{PATIENCE, inside, new_lab};
-use nix::sched::{CloneFlags, unshare};
+use nix::{
+    sched::{CloneFlags, unshare},
+    time::{ClockId, clock_gettime},
+};
 use serde_json::Value;
 use tokio::time::timeout;
 
@@ -603,9 +605,7 @@ fn peers(link: u32) -> Vec<Operation> {
 
 /// What this thread has used of the processors.
 fn cpu_time() -> Duration {
-    // proc_pid_schedstat: nanoseconds on a processor come first.
-    let stat = fs::read_to_string("/proc/thread-self/schedstat").unwrap();
-    Duration::from_nanos(stat.split(' ').next().unwrap().parse().unwrap())
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap().into()
 }
 
 #[test]
@@ -670,6 +670,32 @@ fn thousands_of_entries_are_applied_and_a_refused_one_keeps_none_from_it() {
     assert!(found == operations);
     let count = operations.len();
     println!("{count} operations (time, CPU time): applied {applied:?}, listed {listed:?}");
+
+    // One peer among them comes back with another MAC and at another host.
+    let [neighbour, entry, route] = peers(vxlan)[..3] else {
+        panic!()
+    };
+    let (Operation::PutNeighbour(mut moved), Operation::PutFdb(old)) = (neighbour, entry) else {
+        panic!()
+    };
+    moved.mac = mac("02:00:00:ff:ff:ff");
+    let new = FdbEntry {
+        mac: moved.mac,
+        to: ip("172.31.0.1"),
+        ..old
+    };
+    let change = [
+        Operation::PutFdb(new),
+        Operation::PutNeighbour(moved),
+        route,
+        Operation::RemoveFdb(old),
+    ];
+    let cpu = cpu_time();
+    bench.apply(&change);
+    let changed = cpu_time() - cpu;
+    println!("one peer changed in {changed:?} of CPU time");
+    assert!(changed < Duration::from_millis(10), "{changed:?}");
+    bench.apply(&[Operation::RemoveFdb(new), entry]);
 
     let removals: Vec<Operation> = operations
         .iter()
