@@ -201,13 +201,14 @@ impl Vxlan {
             kernel.set_mtu(index, mtu)?;
         }
         if let Some(address) = address {
+            // First, since the kernel takes all routes and neighbours away with a device's last address.
+            if !found.link.addresses.contains(&address) {
+                kernel.add_address(index, address)?;
+            }
             for other in &found.link.addresses {
                 if *other != address && self.overlays.contain(other) {
                     kernel.remove_address(index, *other)?;
                 }
-            }
-            if !found.link.addresses.contains(&address) {
-                kernel.add_address(index, address)?;
             }
         }
         if !found.link.up {
