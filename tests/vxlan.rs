@@ -886,7 +886,7 @@ fn the_lease_follows_an_address_that_changes_again_at_once() {
     overlay.assert_all_reach_all();
     let (ns, subnet) = (overlay.hosts[0].ns().clone(), overlay.subnet(0));
     // For as long as the first change takes until it is seen, and a little longer.
-    for (pause, addresses) in [(0, [1, 101, 102]), (60, [102, 103, 1])] {
+    for (pause, addresses) in [(0, [1, 101, 102]), (60, [102, 103, 1]), (0, [1, 104, 1])] {
         for pair in addresses.windows(2) {
             readdress(&ns, public_ip(pair[0]), public_ip(pair[1]));
             thread::sleep(Duration::from_millis(pause));
