@@ -3,11 +3,27 @@
 
 mod lab;
 
-use flannel::lab::{Namespace, wait_until};
-use lab::{Daemon, Overlay, PATIENCE, Registry, new_lab, output_of, ping};
+use flannel::{
+    backend::{Backend, Overlays, vxlan::Vxlan},
+    kernel::{
+        Kernel,
+        external::{self, Wish},
+    },
+    lab::{Namespace, wait_until},
+    lease::{
+        record::{Lease, LeaseValue, Subnets},
+        watch::PeerSet,
+    },
+    network::{self, BackendKind, Network},
+    registry::Revision,
+    subnet_file::Previous,
+};
+use ipnet::Ipv4Net;
+use lab::{Daemon, Overlay, PATIENCE, Registry, inside, new_lab, output_of, ping};
 use nix::sys::signal::Signal;
 use std::{
     fmt::Write as _,
+    net::Ipv4Addr,
     process::Stdio,
     time::{Duration, Instant},
 };
@@ -252,5 +268,182 @@ fn device_and_subnet_file_follow_the_interfaces_mtu() {
                 .unwrap();
             }
         }
+    }
+}
+
+#[test]
+fn an_interface_that_is_made_again_is_waited_for() {
+    for (name, backend) in [("kb_gone_vxlan", VXLAN), ("kb_gone_gw", HOST_GW)] {
+        let mut overlay = overlay(name, backend, 2);
+        let (host, switch) = (overlay.hosts[0].ns().clone(), overlay.lab.switch().clone());
+        let before = programmed(&host);
+        // Takes the other end, eth0, along.
+        switch.ip("link del p1").unwrap();
+        overlay.daemons[0].wait_for_log("interface eth0 is gone");
+        switch
+            .ip(&format!("link add p1 type veth peer name eth0 netns {}", host.name()))
+            .unwrap();
+        switch.ip("link set p1 master br0 up").unwrap();
+        host.ip("addr add 192.168.77.1/24 dev eth0").unwrap();
+        host.ip("link set eth0 up").unwrap();
+        assert_repaired(&host, &before);
+        overlay.assert_all_reach_all();
+        overlay.daemons[0].assert_running();
+    }
+}
+
+#[test]
+fn what_the_original_has_made_is_taken_over_and_what_is_foreign_stays() {
+    let mut lab = new_lab("kb_original");
+    let host = lab.host("h1").unwrap();
+    let registry = Registry::embedded(&lab);
+    registry.configure(host.ns(), &config(VXLAN));
+    for command in [
+        "link add flannel.1 address d2:72:c5:90:ff:8c type vxlan id 1 local 192.168.77.1 dev eth0 dstport 8472 nolearning",
+        "addr add 10.5.77.0/32 dev flannel.1",
+        "link set flannel.1 up",
+        // A host that has gone while no daemon ran here.
+        "neigh replace 10.5.9.0 lladdr 02:00:00:00:00:09 dev flannel.1 nud permanent",
+        "route add 10.5.9.0/24 via 10.5.9.0 dev flannel.1 onlink",
+        // Not the original's.
+        "neigh replace 10.5.200.1 lladdr 02:00:00:00:00:c8 dev flannel.1 nud permanent",
+        "route add 10.5.201.0/24 via 192.168.77.9",
+        "route add 10.6.1.0/24 via 192.168.77.9 proto 85",
+    ] {
+        host.ns().ip(command).unwrap();
+    }
+    let fdb = "for mac in 09 c8; do bridge fdb add 02:00:00:00:00:$mac dev flannel.1 dst 192.168.77.9; done";
+    output_of(host.ns(), "sh", ["-c", fdb]);
+    let index = host.ns().ip("-o link show flannel.1").unwrap();
+    let index = index.split(':').next().unwrap();
+
+    let mut daemon = Daemon::new(&lab, &host, &registry);
+    daemon.start_and_wait();
+    let link = host.ns().ip("-o link show flannel.1").unwrap();
+    assert_eq!(link.split(':').next(), Some(index), "not made anew: {link}");
+    assert!(link.contains("d2:72:c5:90:ff:8c"), "{link}");
+    let text = programmed(host.ns());
+    assert!(!text.contains("02:00:00:00:00:09"), "{text}");
+    assert!(text.contains("neighbours: 10.5.200.1"), "{text}");
+    assert!(text.contains("forwarding: 02:00:00:00:00:c8"), "{text}");
+    assert!(text.contains("routes: 10.6.1.0/24 via 192.168.77.9 dev eth0"), "{text}");
+    let routes = host.ns().ip("route show root 10.5.0.0/16").unwrap();
+    assert_eq!(routes.trim(), "10.5.201.0/24 via 192.168.77.9 dev eth0");
+}
+
+#[test]
+fn what_a_backend_does_not_carry_is_refused_with_what_would_do() {
+    let mut lab = new_lab("kb_refused");
+    let host = lab.host("h1").unwrap();
+    let registry = Registry::embedded(&lab);
+    let refused = |daemon: Daemon, parts: &[&str]| {
+        let mut daemon = daemon;
+        daemon.start();
+        assert!(!daemon.wait_exit().success());
+        let log = daemon.log();
+        for part in parts {
+            assert!(log.contains(part), "{part} is not in {log}");
+        }
+    };
+    registry.configure(host.ns(), &config(HOST_GW));
+    refused(
+        Daemon::named("gw", &lab, &host, &registry).with("--public-ip=203.0.113.9"),
+        &["203.0.113.9", "192.168.77.1", "eth0", "host-gw"],
+    );
+    registry.configure(
+        host.ns(),
+        &format!(r#"{{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:12::/48","Backend":{VXLAN}}}"#),
+    );
+    refused(
+        Daemon::named("dual", &lab, &host, &registry),
+        &["EnableIPv6", "vxlan", "Backend.Type udp"],
+    );
+    registry.configure(host.ns(), &config(VXLAN));
+    host.ns().ip("link add flannel.1 type bridge").unwrap();
+    refused(
+        Daemon::named("name", &lab, &host, &registry),
+        &["flannel.1", "no VXLAN device"],
+    );
+    host.ns().ip("link del flannel.1").unwrap();
+    host.ns()
+        .ip("link add flannel.1 type vxlan id 1 local 192.168.77.1 dev eth0 dstport 8472")
+        .unwrap();
+    host.ns().ip("addr add 10.9.1.0/32 dev flannel.1").unwrap();
+    refused(
+        Daemon::named("other", &lab, &host, &registry),
+        &["10.9.1.0", "another overlay", "Backend.VNI"],
+    );
+}
+
+/// The processor's time that this thread has used.
+fn thread_time() -> Duration {
+    let schedstat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+    let nanoseconds = schedstat.split(' ').next().unwrap().parse().unwrap();
+    Duration::from_nanos(nanoseconds)
+}
+
+fn lease(number: u32) -> Lease {
+    let subnet = Ipv4Addr::from_bits(u32::from(Ipv4Addr::new(10, 16, 0, 0)) + (number << 8));
+    let [_, b, c, d] = number.to_be_bytes();
+    let mac = format!("02:00:00:{b:02x}:{c:02x}:{d:02x}");
+    Lease {
+        subnets: Subnets::new(Ipv4Net::new_assert(subnet, 24), None),
+        value: LeaseValue {
+            backend_type: BackendKind::Vxlan.into(),
+            backend_data: Some(serde_json::json!({ "VNI": 1, "VtepMAC": mac })),
+            ..LeaseValue::new(Ipv4Addr::from_bits(u32::from(Ipv4Addr::new(192, 168, 0, 0)) + number))
+        },
+        revision: Revision(1),
+        ttl: None,
+    }
+}
+
+#[test]
+fn thousands_of_peers_are_programmed_in_seconds_and_a_change_of_one_in_milliseconds() {
+    const PEERS: u32 = 5_000;
+    // What an optimised build does in 10 ms.
+    let limit = Duration::from_millis(if cfg!(debug_assertions) { 100 } else { 10 });
+    for (name, direct) in [("kb_scale", false), ("kb_scale_direct", true)] {
+        let mut lab = new_lab(name);
+        let host = lab.host("h1").unwrap();
+        host.ns().ip("addr add 192.168.77.1/16 dev eth0").unwrap();
+        let network = format!(r#"{{"Network":"10.0.0.0/8","Backend":{{"Type":"vxlan","DirectRouting":{direct}}}}}"#);
+        let network = Network::parse(&network).unwrap().network;
+        let network::Backend::Vxlan(configuration) = network.backend().clone() else {
+            unreachable!()
+        };
+        let overlays = Overlays::new(&network, &Previous::default()).unwrap();
+        let mut peers: PeerSet = (0..PEERS).map(lease).map(|lease| (lease.subnets, lease)).collect();
+        inside(host.ns(), || {
+            let wish = Wish::default();
+            let external = external::choose(&mut Kernel::open().unwrap(), &wish).unwrap();
+            let timed = |what: &str, work: &mut dyn FnMut()| {
+                let (start, busy) = (Instant::now(), thread_time());
+                work();
+                let (wall, busy) = (start.elapsed(), thread_time() - busy);
+                println!("{PEERS} peers, DirectRouting {direct}: {what}: {wall:.1?}, {busy:.1?} of a processor");
+                // The machine may have other things to do meanwhile.
+                busy
+            };
+            let start = || {
+                let mut vxlan = Vxlan::new(&external, configuration.clone(), &overlays).unwrap();
+                vxlan.start(&network, &lease(PEERS)).unwrap();
+                vxlan
+            };
+            let mut vxlan = start();
+            let busy = timed("all of them", &mut || vxlan.apply(&peers).unwrap());
+            assert!(busy < Duration::from_secs(3), "{busy:?}");
+            let mut vxlan = start();
+            timed("found as they are", &mut || vxlan.apply(&peers).unwrap());
+            let busy = timed("nothing has changed", &mut || vxlan.apply(&peers).unwrap());
+            assert!(busy < limit, "{busy:?}");
+            let (gone, new) = (lease(7), lease(PEERS + 1));
+            peers.remove(&gone.subnets);
+            peers.insert(new.subnets, new);
+            let busy = timed("one gone and one new", &mut || vxlan.apply(&peers).unwrap());
+            assert!(busy < limit, "{busy:?}");
+        });
+        let count = host.ns().ip("route show proto 85").unwrap().lines().count();
+        assert_eq!(count, PEERS as usize);
     }
 }

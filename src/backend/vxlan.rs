@@ -214,15 +214,16 @@ impl Vxlan {
             put_right.push("mtu");
         }
         if let Some(address) = self.address {
+            // First, since the kernel takes all routes and neighbours away with a device's last address.
+            if !found.link.addresses.contains(&address) {
+                kernel.add_address(index, address)?;
+                put_right.push("address");
+            }
             for other in &found.link.addresses {
                 if *other != address && self.overlays.contain(other) {
                     kernel.remove_address(index, *other)?;
                     put_right.push("address");
                 }
-            }
-            if !found.link.addresses.contains(&address) {
-                kernel.add_address(index, address)?;
-                put_right.push("address");
             }
         }
         if !found.link.up {

@@ -163,7 +163,7 @@ impl Kernel {
         message.header.ifindex = link;
         let what = || format!("cannot list the forwarding entries of interface {link}");
         let replies = match self.netlink.dump(Message::GetNeighbour(message)) {
-            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Vec::new(),
+            Err(refusal) if refusal.code() == Some(libc::ENODEV) => Vec::new(),
             replies => replies.map_err(tried(what()))?,
         };
         Ok(replies
@@ -191,7 +191,7 @@ impl Kernel {
             if let Operation::PutRoute(route) = operation
                 && answer
                     .as_ref()
-                    .is_err_and(|error| error.raw_os_error() == Some(libc::EEXIST))
+                    .is_err_and(|refusal| refusal.code() == Some(libc::EEXIST))
             {
                 let again = [Operation::RemoveRoute(*route), *operation];
                 let again = self.netlink.batch(again.iter().map(Operation::request));
@@ -207,7 +207,7 @@ impl Kernel {
                 } else {
                     answer.map(drop)
                 };
-                outcome.map_err(|error| tried(format!("cannot {operation}"))(error))
+                outcome.map_err(|refusal| tried(format!("cannot {operation}"))(refusal))
             })
             .collect())
     }
@@ -424,7 +424,7 @@ impl FoundNeighbour {
                 mac,
             },
             protocol: protocol.unwrap_or(0),
-            permanent: message.header.state == NeighbourState::Permanent,
+            permanent: is_permanent(message),
         })
     }
 }
@@ -436,6 +436,11 @@ pub(super) fn neighbour_address(message: &NeighbourMessage) -> Option<IpAddr> {
         NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => Some((*address).into()),
         _ => None,
     })
+}
+
+/// The state is a set of bits: `bridge fdb add` sets `NUD_NOARP` besides.
+fn is_permanent(message: &NeighbourMessage) -> bool {
+    u16::from(message.header.state) & u16::from(NeighbourState::Permanent) != 0
 }
 
 fn neighbour_mac(message: &NeighbourMessage) -> Option<Mac> {
@@ -484,7 +489,7 @@ impl FoundFdbEntry {
                 mac: neighbour_mac(message)?,
                 to,
             },
-            permanent: header.state == NeighbourState::Permanent,
+            permanent: is_permanent(message),
         })
     }
 }
@@ -544,5 +549,174 @@ impl FromStr for Mac {
         } else {
             Err(NotAMac(text.to_owned()))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_core::{Emitable, Parseable};
+
+    use super::*;
+
+    const MAC: Mac = Mac([0xd2, 0x72, 0xc5, 0x90, 0xff, 0x8c]);
+
+    fn bytes(message: &impl Emitable) -> Vec<u8> {
+        let mut bytes = vec![0; message.buffer_len()];
+        message.emit(&mut bytes);
+        bytes
+    }
+
+    /// An attribute: length with its header, kind, value.
+    fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+        let length = 4 + value.len() as u16;
+        let mut bytes = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();
+        bytes.extend_from_slice(value);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    }
+
+    #[test]
+    fn a_mac_is_written_as_it_is_read() {
+        assert_eq!(MAC.to_string(), "d2:72:c5:90:ff:8c");
+        assert_eq!("D2:72:c5:90:FF:8c".parse::<Mac>().unwrap(), MAC);
+        assert_eq!("2:0:0:0:0:1".parse::<Mac>().unwrap(), Mac([2, 0, 0, 0, 0, 1]));
+        for wrong in [
+            "",
+            "d2:72:c5:90:ff",
+            "d2:72:c5:90:ff:8c:01",
+            "d2:72:c5:90:ff:+8",
+            "d2:72:c5:90:ff:08c",
+            "d272.c590.ff8c",
+        ] {
+            let error = wrong.parse::<Mac>().unwrap_err().to_string();
+            assert!(error.starts_with(&format!("`{wrong}` is not")), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_random_mac_is_local_and_of_one_station() {
+        let macs: std::collections::BTreeSet<Mac> = (0..100).map(|_| Mac::random_local()).collect();
+        assert_eq!(macs.len(), 100);
+        assert!(macs.iter().all(|mac| mac.0[0] & 3 == 2));
+    }
+
+    #[test]
+    fn a_route_is_the_bytes_that_ip_route_sends() {
+        let route = Route {
+            to: "10.5.2.0/24".parse().unwrap(),
+            via: Some("10.5.2.0".parse().unwrap()),
+            link: 7,
+            onlink: true,
+        };
+        let (Message::NewRoute(message), flags) = Operation::PutRoute(route).request() else {
+            panic!()
+        };
+        assert_eq!(flags, NLM_F_CREATE | NLM_F_REPLACE);
+        // struct rtmsg: family, lengths of destination and source, tos, table, protocol, scope, type; flags.
+        let mut expected = vec![2, 24, 0, 0, 254, PROTOCOL, 0, 1];
+        expected.extend_from_slice(&4u32.to_ne_bytes());
+        expected.extend(attribute(1, &[10, 5, 2, 0]));
+        expected.extend(attribute(5, &[10, 5, 2, 0]));
+        expected.extend(attribute(4, &7u32.to_ne_bytes()));
+        assert_eq!(bytes(&message), expected);
+        let found = FoundRoute::of(&RouteMessage::parse(&expected[..]).unwrap()).unwrap();
+        let ours = FoundRoute {
+            route,
+            protocol: PROTOCOL,
+            metric: 0,
+            multipath: false,
+        };
+        assert_eq!(found, ours);
+
+        // Removal names the protocol, so that nobody else's is hit, and any scope.
+        let (Message::DelRoute(message), 0) = Operation::RemoveRoute(route).request() else {
+            panic!()
+        };
+        assert_eq!(bytes(&message)[..8], [2, 24, 0, 0, 254, PROTOCOL, 255, 1]);
+    }
+
+    #[test]
+    fn the_first_of_several_next_hops_is_told() {
+        let hop = |via: [u8; 4], link: u32, flags: u8| {
+            let gateway = attribute(5, &via);
+            let mut bytes = (8 + gateway.len() as u16).to_ne_bytes().to_vec();
+            bytes.extend_from_slice(&[flags, 0]);
+            bytes.extend_from_slice(&link.to_ne_bytes());
+            bytes.extend(gateway);
+            bytes
+        };
+        let mut message = vec![2, 0, 0, 0, 254, 3, 0, 1, 0, 0, 0, 0];
+        message.extend(attribute(6, &20u32.to_ne_bytes()));
+        message.extend(attribute(
+            9,
+            &[hop([192, 0, 2, 1], 3, 4), hop([192, 0, 2, 2], 4, 0)].concat(),
+        ));
+        let found = FoundRoute::of(&RouteMessage::parse(&message[..]).unwrap()).unwrap();
+        let first = FoundRoute {
+            route: Route {
+                to: "0.0.0.0/0".parse().unwrap(),
+                via: Some("192.0.2.1".parse().unwrap()),
+                link: 3,
+                onlink: true,
+            },
+            protocol: 3,
+            metric: 20,
+            multipath: true,
+        };
+        assert_eq!(found, first);
+    }
+
+    #[test]
+    fn neighbours_and_forwarding_entries_are_told_apart() {
+        // struct ndmsg: family and padding, link, state, flags, type.
+        let header = |family: u8, flags: u8| {
+            let mut bytes = vec![family, 0, 0, 0];
+            bytes.extend_from_slice(&7u32.to_ne_bytes());
+            bytes.extend_from_slice(&0x80u16.to_ne_bytes());
+            bytes.extend_from_slice(&[flags, 0]);
+            bytes
+        };
+        let neighbour = Neighbour {
+            link: 7,
+            address: "10.5.2.0".parse().unwrap(),
+            mac: MAC,
+        };
+        let expected = [
+            header(2, 0),
+            attribute(1, &[10, 5, 2, 0]),
+            attribute(2, &MAC.0),
+            attribute(12, &[PROTOCOL]),
+        ]
+        .concat();
+        assert_eq!(bytes(&neighbour.message()), expected);
+        let parsed = NeighbourMessage::parse(&expected[..]).unwrap();
+        let found = FoundNeighbour {
+            neighbour,
+            protocol: PROTOCOL,
+            permanent: true,
+        };
+        assert_eq!(
+            (FoundNeighbour::of(&parsed), FoundFdbEntry::of(&parsed)),
+            (Some(found), None)
+        );
+
+        for to in ["192.0.2.1", "2001:db8::1"].map(|to| to.parse::<IpAddr>().unwrap()) {
+            let entry = FdbEntry { link: 7, mac: MAC, to };
+            let octets = match to {
+                IpAddr::V4(to) => to.octets().to_vec(),
+                IpAddr::V6(to) => to.octets().to_vec(),
+            };
+            let expected = [header(7, 2), attribute(2, &MAC.0), attribute(1, &octets)].concat();
+            assert_eq!(bytes(&entry.message()), expected);
+            let parsed = NeighbourMessage::parse(&expected[..]).unwrap();
+            let found = FoundFdbEntry { entry, permanent: true };
+            assert_eq!(
+                (FoundNeighbour::of(&parsed), FoundFdbEntry::of(&parsed)),
+                (None, Some(found))
+            );
+        }
+        // Of a bridge: no host behind it.
+        let learned = [header(7, 4), attribute(2, &MAC.0)].concat();
+        assert_eq!(FoundFdbEntry::of(&NeighbourMessage::parse(&learned[..]).unwrap()), None);
     }
 }

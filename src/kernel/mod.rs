@@ -26,7 +26,7 @@ use netlink_packet_route::{
 };
 
 use entries::Mac;
-use netlink::Netlink;
+use netlink::{Answer, Netlink, Refusal};
 
 /// A handle on the kernel's configuration of the network namespace in which it was opened.
 #[derive(Debug)]
@@ -66,10 +66,12 @@ pub struct Path {
 
 /// Why the kernel refused.
 #[derive(Debug, thiserror::Error)]
-#[error("{what}: {source}")]
+#[error("{what}: {source}{}", .reason.as_ref().map(|words| format!(" ({words})")).unwrap_or_default())]
 pub struct Error {
     what: String,
     source: io::Error,
+    /// The kernel's own words.
+    reason: Option<String>,
 }
 
 impl Error {
@@ -201,10 +203,10 @@ impl Kernel {
             .into_iter()
             .map(|answer| match answer {
                 Ok(replies) => Ok(replies.iter().find_map(path_of)),
-                Err(error) => match error.raw_os_error() {
+                Err(refusal) => match refusal.code() {
                     // No route; or an unreachable, prohibit or blackhole route, in this order.
                     Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EACCES | libc::EINVAL) => Ok(None),
-                    _ => Err(tried(what)(error)),
+                    _ => Err(tried(what)(refusal)),
                 },
             })
             .collect()
@@ -300,7 +302,7 @@ impl Kernel {
     }
 
     /// Switches `flags` on and sets `attributes` of a link.
-    fn set_link(&mut self, index: u32, flags: LinkFlags, attributes: Vec<LinkAttribute>) -> io::Result<()> {
+    fn set_link(&mut self, index: u32, flags: LinkFlags, attributes: Vec<LinkAttribute>) -> Result<(), Refusal> {
         let mut message = LinkMessage::default();
         message.header.index = index;
         message.header.flags = flags;
@@ -358,7 +360,7 @@ impl Kernel {
         message.header.table = RouteHeader::RT_TABLE_MAIN;
         let replies = match self.netlink.dump(Message::GetRoute(message)) {
             // A namespace has no table before its first route.
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Vec::new(),
+            Err(refusal) if refusal.code() == Some(libc::ENOENT) => Vec::new(),
             replies => replies.map_err(tried("cannot list the routes"))?,
         };
         Ok(replies
@@ -392,20 +394,24 @@ impl Link {
     }
 }
 
-fn tried(what: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
-    move |source| Error {
-        what: what.into(),
-        source,
+fn tried<E: Into<Refusal>>(what: impl Into<String>) -> impl FnOnce(E) -> Error {
+    move |refusal| {
+        let Refusal { error, reason } = refusal.into();
+        Error {
+            what: what.into(),
+            source: error,
+            reason,
+        }
     }
 }
 
 /// Success, also when what was to be removed is not there: `ESRCH` of routes, `ENOENT` of neighbours and forwarding entries,
 /// `EADDRNOTAVAIL` of addresses, `ENODEV` and `ENXIO` when the link is gone with all that was on it.
-fn gone_is_done(answer: netlink::Answer) -> io::Result<()> {
+fn gone_is_done(answer: Answer) -> Result<(), Refusal> {
     match answer {
-        Err(error)
+        Err(refusal)
             if matches!(
-                error.raw_os_error(),
+                refusal.code(),
                 Some(libc::ESRCH | libc::ENOENT | libc::EADDRNOTAVAIL | libc::ENODEV | libc::ENXIO)
             ) =>
         {

@@ -36,7 +36,7 @@ const GROUPS: [u32; 6] = [
 /// [`Change::Lost`]. The kernel grants less where `net.core.rmem_max` is less.
 const RECEIVE_BUFFER: usize = 512 * 1024;
 
-/// How many notifications one call takes at most, so that a stream of changes that never ends does not keep its reader
+/// How many changes one call gathers before it returns, so that a stream of changes that never ends does not keep its reader
 /// from acting on it.
 const AT_ONCE: usize = 1_024;
 
@@ -98,7 +98,7 @@ pub enum Change {
         /// It is no more.
         gone: bool,
     },
-    /// Notifications were lost, or not understood: anything may have changed.
+    /// Notifications were lost, or not understood: anything may have changed, up to now.
     Lost,
 }
 
@@ -142,19 +142,27 @@ impl Monitor {
         loop {
             let mut ready = self.socket.readable().await?;
             let mut changes = Vec::new();
+            let mut lost = false;
             // Nothing awaits from here on.
-            for _ in 0..AT_ONCE {
+            while lost || changes.len() < AT_ONCE {
                 match receive(self.socket.get_ref(), &mut self.buffer) {
+                    // What is in the buffer is older than what was lost.
+                    Ok(()) if lost => {}
                     Ok(()) => {
-                        changes.extend(Messages(&self.buffer).filter_map(|message| change(message, self.ignored)))
+                        changes.extend(Messages(&self.buffer).filter_map(|message| change(message, self.ignored)));
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                         ready.clear_ready();
                         break;
                     }
-                    Err(error) if lost(&error) => changes.push(Change::Lost),
+                    Err(error) if is_loss(&error) => lost = true,
                     Err(error) => return Err(error),
                 }
+            }
+            // Only now: until the buffer was empty once, the kernel went on dropping without saying so again
+            // (netlink_overrun(), `NETLINK_S_CONGESTED`).
+            if lost {
+                return Ok(vec![Change::Lost]);
             }
             if !changes.is_empty() {
                 return Ok(changes);
@@ -164,7 +172,7 @@ impl Monitor {
 }
 
 /// Whether only notifications are gone: the receive buffer was full (netlink(7)), or one was too long for ours.
-fn lost(error: &io::Error) -> bool {
+fn is_loss(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::ENOBUFS) || error.kind() == io::ErrorKind::InvalidData
 }
 

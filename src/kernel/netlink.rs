@@ -3,8 +3,8 @@
 use std::io;
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkBuffer, NetlinkHeader, NetlinkMessage,
-    NetlinkPayload, Parseable,
+    ErrorMessage, NLM_F_ACK, NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkBuffer,
+    NetlinkHeader, NetlinkMessage, NetlinkPayload, NlasIterator, Parseable,
 };
 use netlink_packet_route::RouteNetlinkMessage as Message;
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
@@ -28,7 +28,41 @@ pub(super) const DATAGRAM: usize = 64 * 1024;
 const DUMPS: usize = 16;
 
 /// What the kernel says to one request: the messages that it answers with, or why it refuses.
-pub(super) type Answer = io::Result<Vec<Message>>;
+pub(super) type Answer = Result<Vec<Message>, Refusal>;
+
+/// Why a request failed.
+#[derive(Debug)]
+pub(super) struct Refusal {
+    pub(super) error: io::Error,
+    /// The kernel's own words, where it has some: "Nexthop has invalid gateway".
+    pub(super) reason: Option<String>,
+}
+
+impl Refusal {
+    /// The system's number of the error.
+    pub(super) fn code(&self) -> Option<i32> {
+        self.error.raw_os_error()
+    }
+
+    /// By the negative number of an NLMSG_ERROR or NLMSG_DONE and the attributes of its extended acknowledgement.
+    fn of(code: i32, attributes: &[u8]) -> Self {
+        /// `NLMSGERR_ATTR_MSG` (linux/netlink.h)
+        const TEXT: u16 = 1;
+        let text = NlasIterator::new(attributes)
+            .filter_map(Result::ok)
+            .find(|attribute| attribute.kind() == TEXT);
+        Self {
+            error: io::Error::from_raw_os_error(-code),
+            reason: text.map(|text| String::from_utf8_lossy(text.value()).trim_end_matches('\0').to_owned()),
+        }
+    }
+}
+
+impl From<io::Error> for Refusal {
+    fn from(error: io::Error) -> Self {
+        Self { error, reason: None }
+    }
+}
 
 /// Serves one caller at a time.
 #[derive(Debug)]
@@ -47,9 +81,10 @@ impl Netlink {
         let port = socket.bind_auto()?.port_number();
         socket.connect(&SocketAddr::new(0, 0))?;
         socket.set_rx_buf_sz(RECEIVE_BUFFER as libc::c_int)?;
-        // Both only save work, and kernels before 4.20 do not know the second: refusals without the request that they are
-        // about, and dumps filtered by the kernel, without which the callers filter themselves.
+        // Nothing depends on these, and kernels before 4.20 do not know all of them: refusals without the request that they
+        // are about, but with a reason in words; dumps filtered by the kernel, besides the callers' own filters.
         let _ = socket.set_cap_ack(true);
+        let _ = socket.set_ext_ack(true);
         let _ = socket.set_netlink_get_strict_chk(true);
         Ok(Self {
             socket,
@@ -104,15 +139,15 @@ impl Netlink {
                 (Reply::Disturbed, _) => disturbed = true,
                 _ => {}
             });
-            match end.and(found) {
+            match end.map_err(Refusal::from).and(found) {
                 // ENOBUFS: the kernel had no memory for the next part. EBUSY: an earlier dump that broke off in this way is
                 // not read to its end yet; each answer that is read brings it nearer.
-                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOBUFS | libc::EBUSY)) => {}
+                Err(refusal) if matches!(refusal.code(), Some(libc::ENOBUFS | libc::EBUSY)) => {}
                 Ok(_) if disturbed => {}
                 found => return found,
             }
         }
-        Err(io::Error::from_raw_os_error(libc::EAGAIN))
+        Err(io::Error::from_raw_os_error(libc::EAGAIN).into())
     }
 
     /// Sends up to [`BATCH`] requests at once; tells `took` of each that it is sent, then what the kernel says to it.
@@ -161,17 +196,18 @@ impl Netlink {
                 if header.flags & NLM_F_DUMP_INTR != 0 {
                     took(Reply::Disturbed);
                 }
-                let code = match payload {
-                    Some(NetlinkPayload::InnerMessage(message)) => {
-                        took(Reply::Message(index, message));
+                let (code, attributes) = match &payload {
+                    Some(NetlinkPayload::Error(error)) => (error.raw_code(), reason_of(&header, error)),
+                    Some(NetlinkPayload::Done(done)) => (done.code, done.extended_ack.as_slice()),
+                    _ => {
+                        if let Some(NetlinkPayload::InnerMessage(message)) = payload {
+                            took(Reply::Message(index, message));
+                        }
                         continue;
                     }
-                    Some(NetlinkPayload::Error(error)) => error.raw_code(),
-                    Some(NetlinkPayload::Done(done)) => done.code,
-                    _ => continue,
                 };
                 if code < 0 {
-                    took(Reply::Refused(index, io::Error::from_raw_os_error(-code)));
+                    took(Reply::Refused(index, Refusal::of(code, attributes)));
                 }
                 if header.sequence_number == self.sequence {
                     return Ok(());
@@ -181,13 +217,31 @@ impl Netlink {
     }
 }
 
+/// The attributes of an NLMSG_ERROR that say more, if there are some: they follow the request's header, or the request
+/// where the kernel could not be asked to leave it out.
+fn reason_of<'a>(header: &NetlinkHeader, error: &'a ErrorMessage) -> &'a [u8] {
+    // linux/netlink.h; in answers these bits mean other things than in requests.
+    let (capped, attributes) = (header.flags & NLM_F_CAPPED != 0, header.flags & NLM_F_ACK_TLVS != 0);
+    let request = NetlinkBuffer::new(error.header.as_slice());
+    let start = match error.header.len() {
+        _ if !attributes => return &[],
+        0..REQUEST_HEADER => return &[],
+        _ if capped => REQUEST_HEADER,
+        _ => (request.length() as usize).next_multiple_of(4),
+    };
+    error.header.get(start..).unwrap_or_default()
+}
+
+/// `struct nlmsghdr`, bytes.
+const REQUEST_HEADER: usize = 16;
+
 enum Reply {
     /// One more request is on its way.
     Sent,
     /// Part of the answer to the request of this number in the batch.
     Message(usize, Message),
     /// The request of this number has failed.
-    Refused(usize, io::Error),
+    Refused(usize, Refusal),
     /// The list being dumped has changed meanwhile (`NLM_F_DUMP_INTR`).
     Disturbed,
 }
@@ -230,5 +284,76 @@ impl Iterator for Messages<'_> {
             .ok()
             .map(|message| message.payload);
         Some(Received { header, payload })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A message with this payload; the length of the whole comes first.
+    fn message(kind: u16, flags: u16, sequence: u32, payload: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        bytes.extend_from_slice(&(REQUEST_HEADER as u32 + payload.len() as u32).to_ne_bytes());
+        bytes.extend_from_slice(&kind.to_ne_bytes());
+        bytes.extend_from_slice(&flags.to_ne_bytes());
+        bytes.extend_from_slice(&sequence.to_ne_bytes());
+        bytes.extend_from_slice(&7u32.to_ne_bytes());
+        bytes.extend_from_slice(payload);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    }
+
+    /// The payload of an NLMSG_ERROR.
+    fn refusal(code: i32, request: &[u8], attributes: &[u8]) -> Vec<u8> {
+        [&code.to_ne_bytes(), request, attributes].concat()
+    }
+
+    const ERROR: u16 = libc::NLMSG_ERROR as u16;
+
+    #[test]
+    fn what_is_not_understood_is_passed_over() {
+        let datagram = [
+            // A link whose header is cut.
+            message(libc::RTM_NEWLINK, 0, 1, &[0; 6]),
+            message(ERROR, 0, 2, &refusal(0, &message(0, 0, 2, &[])[..REQUEST_HEADER], &[])),
+            // Longer than what is left.
+            vec![200, 0, 0, 0, 9, 9],
+        ]
+        .concat();
+        let mut messages = Messages(&datagram);
+        let cut = messages.next().unwrap();
+        assert_eq!((cut.header.sequence_number, cut.header.port_number), (1, 7));
+        assert!(cut.payload.is_none());
+        let whole = messages.next().unwrap();
+        assert!(matches!(whole.payload, Some(NetlinkPayload::Error(error)) if error.raw_code() == 0));
+        assert!(messages.next().is_none());
+        assert!(Messages(&[0; 16]).next().is_none());
+    }
+
+    #[test]
+    fn the_kernels_reason_is_found() {
+        // An offset (NLMSGERR_ATTR_OFFS), then the text; lengths with the header of 4 bytes.
+        let mut attributes = vec![8, 0, 2, 0, 1, 0, 0, 0];
+        attributes.extend_from_slice(&[11, 0, 1, 0]);
+        attributes.extend_from_slice(b"No way\0\0");
+        let request = message(libc::RTM_NEWROUTE, 0, 3, &[1, 2, 3, 4, 5]);
+        let reason = |flags, request: &[u8]| {
+            let datagram = message(ERROR, flags, 3, &refusal(-libc::EINVAL, request, &attributes));
+            let Received { header, payload } = Messages(&datagram).next().unwrap();
+            let Some(NetlinkPayload::Error(error)) = payload else {
+                panic!("{payload:?}")
+            };
+            let refusal = Refusal::of(error.raw_code(), reason_of(&header, &error));
+            assert_eq!(refusal.code(), Some(libc::EINVAL));
+            refusal.reason
+        };
+        assert_eq!(
+            reason(NLM_F_ACK_TLVS | NLM_F_CAPPED, &request[..REQUEST_HEADER]).unwrap(),
+            "No way"
+        );
+        assert_eq!(reason(NLM_F_ACK_TLVS, &request).unwrap(), "No way");
+        assert_eq!(reason(NLM_F_CAPPED, &request[..REQUEST_HEADER]), None);
+        assert_eq!(reason(NLM_F_ACK_TLVS, &[1, 2, 3]), None);
     }
 }

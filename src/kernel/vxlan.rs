@@ -109,8 +109,9 @@ impl Kernel {
                 In6AddrGenMode::None,
             )])]),
         ];
-        let no_addresses = self.netlink.request(Message::SetLink(quiet), 0).map(drop);
+        let no_addresses = self.netlink.request(Message::SetLink(quiet), 0);
         let no_advertisements = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/accept_ra"), "0");
+        let no_addresses = no_addresses.map(drop).map_err(|refusal| refusal.error);
         for (what, outcome) in [("addrgenmode", no_addresses), ("accept_ra", no_advertisements)] {
             match outcome {
                 Err(error) if !without_ipv6(&error) => warn!("cannot switch off IPv6's {what} on {name}: {error}"),
@@ -185,4 +186,48 @@ fn vxlan_of(message: &LinkMessage) -> Option<VxlanLink> {
         }
     }
     Some(vxlan)
+}
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_core::{Emitable, Parseable};
+
+    use super::*;
+
+    #[test]
+    fn a_device_is_found_as_it_was_asked_for() {
+        for flag in [false, true] {
+            let spec = VxlanSpec {
+                name: "flannel.1".to_owned(),
+                vni: Vni::MAX,
+                parent: 3,
+                local: Ipv4Addr::new(192, 0, 2, 1),
+                port: 8472,
+                gbp: flag,
+                learning: flag,
+                mtu: 1450,
+                mac: Mac([2, 0, 0, 0, 0, 1]),
+            };
+            let message = spec.message();
+            let mut bytes = vec![0; message.buffer_len()];
+            message.emit(&mut bytes);
+            let found = vxlan_of(&LinkMessage::parse(&bytes[..]).unwrap()).unwrap();
+            assert_eq!(found.link.name, spec.name);
+            assert_eq!(found.link.mtu, spec.mtu);
+            assert_eq!((found.vni, found.port), (spec.vni, spec.port));
+            assert_eq!((found.parent, found.local), (Some(3), Some(spec.local.into())));
+            assert_eq!((found.gbp, found.learning), (flag, flag));
+        }
+    }
+
+    #[test]
+    fn other_devices_are_none() {
+        let mut message = LinkMessage::default();
+        assert_eq!(vxlan_of(&message), None);
+        // One of all networks (`ip link add type vxlan external`).
+        let data = vec![InfoVxlan::Id(0), InfoVxlan::CollectMetadata(true)];
+        let infos = vec![LinkInfo::Kind(InfoKind::Vxlan), LinkInfo::Data(InfoData::Vxlan(data))];
+        message.attributes.push(LinkAttribute::LinkInfo(infos));
+        assert_eq!(vxlan_of(&message), None);
+    }
 }
