@@ -7,6 +7,7 @@ use std::{
     io,
     net::{Ipv4Addr, SocketAddr, UdpSocket},
     num::NonZeroUsize,
+    sync::{Arc, Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -25,6 +26,7 @@ use crate::{
     kernel::{Kernel, external::External},
     lease::{record::Lease, watch::PeerSet},
     network::{self, BackendKind, Network, SourceCheck},
+    observe::board::Report,
     route_table::{Peer, RouteTable, Routes},
     sys::{
         tun::{self, Tun, TunOffload},
@@ -32,7 +34,10 @@ use crate::{
     },
 };
 
-use super::{Backend, Error};
+use super::{
+    Backend, Error, LEAST_MTU,
+    udp_report::{Facts, overflow},
+};
 
 /// The kernel puts the first free number in.
 const DEVICE: &str = "flannel%d";
@@ -42,9 +47,6 @@ const OVERHEAD: u32 = 28;
 
 /// The longest IPv4 packet (RFC 791): loopback has a larger MTU.
 const LONGEST_PACKET: u32 = 65_535;
-
-/// The least MTU of an IPv4 link (RFC 791).
-const LEAST_MTU: u32 = 68;
 
 /// Packets that may wait for a worker. The kernel's 500 for TUN devices is less than what one TCP stream sends in the time
 /// that a worker is off its processor; 1,000 is what Ethernet devices have.
@@ -108,13 +110,20 @@ pub struct Udp {
     workers: usize,
     mtu: u32,
     routes: Routes,
-    peers: PeerIds,
+    peers: Arc<Mutex<PeerIds>>,
     failures: UnboundedSender<String>,
     /// For each worker, until the engine takes them.
     sockets: Vec<Vec<UdpSocket>>,
-    /// The device's name once there is one.
-    device: Option<String>,
-    engine: Option<Engine>,
+    /// What it was started with.
+    started: Option<(Network, Lease)>,
+    running: Option<Running>,
+}
+
+/// What there is once the device is set up.
+struct Running {
+    /// Stops when it is dropped, and the device goes with it.
+    _engine: Engine,
+    facts: Arc<Facts>,
 }
 
 impl Udp {
@@ -128,12 +137,7 @@ impl Udp {
         options: Options,
         failures: UnboundedSender<String>,
     ) -> Result<Self, Error> {
-        let too_small = || Error::Mtu {
-            interface: external.name.clone(),
-            mtu: external.mtu,
-            least: LEAST_MTU + OVERHEAD,
-        };
-        let mtu = overlay_mtu(external.mtu).ok_or_else(too_small)?;
+        let mtu = mtu_over(external)?;
         let workers = match (options.tun, options.workers) {
             (TunMode::Plain, _) => 1,
             (TunMode::Auto, Some(chosen)) => chosen.get(),
@@ -141,18 +145,7 @@ impl Udp {
                 .map_or(1, NonZeroUsize::get)
                 .min(MOST_DEFAULT_WORKERS),
         };
-        let address = SocketAddr::new(external.address.into(), configuration.port);
-        let sockets = bind(address, workers, configuration.source_ports.get()).map_err(|source| Error::Bind {
-            address,
-            hint: match source.kind() {
-                io::ErrorKind::AddrInUse => {
-                    "another process has the port, perhaps another flanneld; stop it, or give this network another Backend.Port"
-                }
-                io::ErrorKind::AddrNotAvailable => "this host does not have the address any more",
-                _ => "the system refuses",
-            },
-            source,
-        })?;
+        let sockets = bind_on(external, &configuration, workers)?;
         Ok(Self {
             external: external.clone(),
             configuration,
@@ -160,11 +153,11 @@ impl Udp {
             workers,
             mtu,
             routes: Routes::default(),
-            peers: PeerIds::default(),
+            peers: Arc::default(),
             failures,
             sockets,
-            device: None,
-            engine: None,
+            started: None,
+            running: None,
         })
     }
 
@@ -259,13 +252,22 @@ impl Backend for Udp {
             self.configuration.port,
             self.external.name,
         );
-        self.device = Some(device.name);
-        self.engine = Some(engine);
+        let facts = Arc::new(Facts {
+            device: device.name,
+            mtu: self.mtu,
+            way,
+            options: self.options,
+            observer: engine.observer().clone(),
+            peers: Arc::clone(&self.peers),
+        });
+        self.running = Some(Running { _engine: engine, facts });
+        self.started = Some((network.clone(), own.clone()));
         Ok(())
     }
 
     fn apply(&mut self, peers: &PeerSet) -> Result<(), Error> {
-        let (port, ids) = (self.configuration.port, &mut self.peers);
+        let port = self.configuration.port;
+        let mut ids = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
         let routes = peers.values().flat_map(|lease| {
             let host = lease.value.public_ip.into();
             let peer = Peer {
@@ -278,20 +280,83 @@ impl Backend for Udp {
         self.routes.publish(table);
         Ok(())
     }
+
+    /// Another address needs other sockets, and so another engine: packets are lost until it runs. All else is changed in place.
+    fn adapt(&mut self, external: &External) -> Result<(), Error> {
+        let mtu = mtu_over(external)?;
+        if external.address != self.external.address {
+            let sockets = bind_on(external, &self.configuration, self.workers)?;
+            self.tell_counters();
+            self.running = None;
+            self.sockets = sockets;
+            self.external = external.clone();
+            self.mtu = mtu;
+            if let Some((network, own)) = self.started.take()
+                && let Err(error) = self.start(&network, &own)
+            {
+                // There is no way back: the daemon ends, and its supervisor tries again.
+                drop(self.failures.send(error.to_string()));
+                return Err(error);
+            }
+            return Ok(());
+        }
+        if let Some(running) = &mut self.running
+            && mtu != self.mtu
+        {
+            let mut kernel = Kernel::open()?;
+            let device = &running.facts.device;
+            if let Some(link) = kernel.links()?.iter().find(|link| link.name == *device) {
+                kernel.set_mtu(link.index, mtu)?;
+            }
+            running.facts = Arc::new(Facts {
+                mtu,
+                ..(*running.facts).clone()
+            });
+        }
+        self.external = external.clone();
+        self.mtu = mtu;
+        Ok(())
+    }
+
+    fn report(&self) -> Option<Report> {
+        let facts = Arc::clone(&self.running.as_ref()?.facts);
+        Some(Arc::new(move || facts.report()))
+    }
 }
 
 impl Drop for Udp {
     fn drop(&mut self) {
-        let (Some(engine), Some(device)) = (&self.engine, &self.device) else {
+        self.tell_counters();
+    }
+}
+
+impl Udp {
+    /// What the engine has done, for the log.
+    fn tell_counters(&self) {
+        let Some(Running { facts, .. }) = &self.running else {
             return;
         };
-        // A device that is gone, or a kernel that does not answer, leaves that number out.
-        let overflow = Kernel::open().ok().and_then(|mut kernel| kernel.dropped(device).ok());
-        let overflow = overflow.map_or(String::new(), |packets| {
+        let device = &facts.device;
+        let overflow = overflow(device).map_or(String::new(), |packets| {
             format!("; {device}'s queue overflowed {packets} times")
         });
-        info!("{}{overflow}", engine.snapshot().summary());
+        info!("{}{overflow}", facts.observer.snapshot().summary());
     }
+}
+
+fn bind_on(external: &External, configuration: &network::Udp, workers: usize) -> Result<Vec<Vec<UdpSocket>>, Error> {
+    let address = SocketAddr::new(external.address.into(), configuration.port);
+    bind(address, workers, configuration.source_ports.get()).map_err(|source| Error::Bind {
+        address,
+        hint: match source.kind() {
+            io::ErrorKind::AddrInUse => {
+                "another process has the port, perhaps another flanneld; stop it, or give this network another Backend.Port"
+            }
+            io::ErrorKind::AddrNotAvailable => "this host does not have the address any more",
+            _ => "the system refuses",
+        },
+        source,
+    })
 }
 
 /// For each worker the tunnel's socket and, with more than one source port, one for each of the others. All workers have the same
@@ -347,6 +412,14 @@ fn overlay_mtu(external: u32) -> Option<u32> {
         .min(LONGEST_PACKET)
         .checked_sub(OVERHEAD)
         .filter(|mtu| *mtu >= LEAST_MTU)
+}
+
+fn mtu_over(external: &External) -> Result<u32, Error> {
+    overlay_mtu(external.mtu).ok_or_else(|| Error::Mtu {
+        interface: external.name.clone(),
+        mtu: external.mtu,
+        least: LEAST_MTU + OVERHEAD,
+    })
 }
 
 /// The subnets of a lease, of both families.

@@ -10,6 +10,7 @@ pub mod network;
 pub mod pages;
 mod registry_args;
 mod run_args;
+pub mod status;
 mod table;
 
 use std::{
@@ -34,6 +35,7 @@ pub use self::{
     pages::{CompletionsArgs, ManArgs},
     registry_args::{OpenError, RegistryArgs, Secret},
     run_args::{RunArgs, Workers},
+    status::StatusArgs,
 };
 
 use crate::{daemon, observe, registry::Registry};
@@ -86,6 +88,8 @@ pub enum Action {
     Network(NetworkArgs),
     /// Show, reserve and release the hosts' subnets
     Leases(LeasesArgs),
+    /// Show what this host's daemon is doing
+    Status(StatusArgs),
     /// Build a network of several hosts on this machine and try it out
     Demo(DemoArgs),
     /// Write Docker's options from the subnet file, as mk-docker-opts.sh
@@ -104,6 +108,9 @@ pub struct DemoArgs {
     /// How many hosts
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u8).range(2..=20))]
     pub hosts: u8,
+    /// What carries the packets
+    #[arg(long, value_name = "TYPE", value_enum, default_value_t)]
+    pub backend: demo::DemoBackend,
     /// Leave the hosts there, and say how to enter them
     #[arg(long)]
     pub keep: bool,
@@ -111,7 +118,7 @@ pub struct DemoArgs {
     #[arg(long)]
     pub etcd: bool,
     /// Remove what --keep has left, and do nothing else
-    #[arg(long, conflicts_with_all = ["hosts", "keep", "etcd"])]
+    #[arg(long, conflicts_with_all = ["hosts", "backend", "keep", "etcd"])]
     pub down: bool,
 }
 
@@ -188,6 +195,7 @@ pub fn execute(invocation: Invocation) -> ExitCode {
         Action::Demo(args) => {
             return demo::run(&args).map_or_else(|error| failed(&error, error.exit_code()), |()| ExitCode::SUCCESS);
         }
+        Action::Status(args) => status::run(&args, &mut io::stdout()).map_err(Into::into),
         Action::DockerOpts(args) => docker_opts::run(&args).map_err(AnyError::from),
         Action::Man(args) => pages::man(&args, command(), &mut io::stdout()).map_err(AnyError::from),
         Action::Completions(args) => pages::completions(&args, command(), &mut io::stdout()).map_err(AnyError::from),
@@ -245,7 +253,7 @@ pub fn command() -> Command {
 mod tests {
     use std::{fs, process, time::Duration};
 
-    use super::*;
+    use super::{demo::DemoBackend, *};
     use crate::{
         backend::udp::{IoMode, Options, TunMode},
         registry::memory::MemoryRegistry,
@@ -564,20 +572,29 @@ mod tests {
             demo("demo"),
             DemoArgs {
                 hosts: 3,
+                backend: DemoBackend::Udp,
                 keep: false,
                 etcd: false,
                 down: false
             }
         );
         assert_eq!(
-            demo("demo -hosts=5 -keep -etcd"),
+            demo("demo -hosts=5 -backend=host-gw -keep -etcd"),
             DemoArgs {
                 hosts: 5,
+                backend: DemoBackend::HostGw,
                 keep: true,
                 etcd: true,
                 down: false
             }
         );
+        for (line, backend) in [
+            ("demo --backend vxlan", DemoBackend::Vxlan),
+            ("demo --backend direct-routing", DemoBackend::DirectRouting),
+            ("demo --backend direct", DemoBackend::DirectRouting),
+        ] {
+            assert_eq!(demo(line).backend, backend);
+        }
         assert!(demo("demo --down").down);
     }
 

@@ -19,6 +19,7 @@ use crate::{
     backend::udp::{self, IoMode, TunMode},
     daemon::Settings,
     kernel::external::Wish,
+    observe::socket,
     registry::Registry,
     rules,
 };
@@ -184,6 +185,10 @@ pub struct RunArgs {
     )]
     pub healthz_port: u16,
 
+    /// Where `flanneld status` finds the daemon (default: beside the subnet file, as in /run/flannel/subnet.sock)
+    #[arg(long, env = "FLANNELD_STATUS_SOCKET", value_name = "PATH", help_heading = "Health")]
+    pub status_socket: Option<PathBuf>,
+
     /// How many threads carry packets, up to 64; 0: as many as the CPUs call for
     #[arg(
         long,
@@ -277,6 +282,7 @@ impl RunArgs {
                 public_ip: self.public_ip,
             },
             public_ipv6: self.public_ipv6,
+            status_socket: self.status_socket.unwrap_or_else(|| socket::beside(&self.subnet_file)),
             subnet_file: self.subnet_file,
             renew_margin: self.subnet_lease_renew_margin,
             health: (self.healthz_port != 0).then(|| SocketAddr::new(self.healthz_ip, self.healthz_port)),

@@ -8,6 +8,8 @@ use std::{
     },
 };
 
+use nix::time::{ClockId, clock_gettime};
+
 use crate::route_table::PeerId;
 
 /// A number that one thread adds to and all may read.
@@ -19,6 +21,12 @@ impl Counter {
     #[inline]
     pub fn add(&self, amount: u64) {
         self.0.store(self.0.load(Relaxed).wrapping_add(amount), Relaxed);
+    }
+
+    /// Puts `value` in place of what is there. Only the owning worker may call this.
+    #[inline]
+    pub fn set(&self, value: u64) {
+        self.0.store(value, Relaxed);
     }
 
     /// The sum so far.
@@ -139,9 +147,23 @@ pub struct PeerTraffic {
     pub sent: Flow,
     /// Packets from it that were let in.
     pub received: Flow,
+    /// When the last of those came: seconds of [`uptime`].
+    pub last_received: Counter,
+    /// Packets for it that the socket did not take.
+    pub unsent: Counter,
+    /// Packets from it that were not let in.
+    pub refused: Counter,
 }
 
-/// Peers in one piece of [`PeerCounters`]: 8 KiB.
+/// Seconds on a clock that never goes back, as of the kernel's last tick: cheap enough to be read for each batch, and exact
+/// enough to tell how long a peer has been silent (clock_gettime(2), `CLOCK_MONOTONIC_COARSE`).
+#[inline]
+pub fn uptime() -> u64 {
+    // Linux has this clock since 2.6.32.
+    clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE).map_or(0, |time| time.tv_sec().unsigned_abs())
+}
+
+/// Peers in one piece of [`PeerCounters`]: 14 KiB.
 const PIECE: usize = 256;
 
 /// The traffic of all peers, in pieces that are made when the first of their peers is counted for.

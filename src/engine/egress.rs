@@ -214,7 +214,7 @@ impl<'a> Runs<'a> {
                         context.fallbacks.route_refuses(run.lane.peer.addr, &error);
                         self.send_singly(run, peers, context);
                     } else {
-                        context.counters.drop_unsent(run.count, &error);
+                        count_unsent(run.lane, run.count, &error, context);
                     }
                 }
             }
@@ -232,7 +232,7 @@ impl<'a> Runs<'a> {
             };
             match send_patiently(run.lane.source, &[message], std::iter::once(datagram), peers) {
                 Ok(_) => count_sent(run.lane, 1, datagram.len(), context),
-                Err(error) => context.counters.drop_unsent(1, &error),
+                Err(error) => count_unsent(run.lane, 1, &error, context),
             }
         }
     }
@@ -262,6 +262,11 @@ fn count_sent(lane: Lane, packets: usize, bytes: usize, context: &Context<'_>) {
     context.counters.messages_sent.add(1);
     context.counters.sent.add(packets, bytes);
     context.counters.peer(lane.peer.id).sent.add(packets, bytes);
+}
+
+fn count_unsent(lane: Lane, packets: usize, error: &io::Error, context: &Context<'_>) {
+    context.counters.drop_unsent(packets, error);
+    context.counters.peer(lane.peer.id).unsent.add(packets as u64);
 }
 
 #[inline]

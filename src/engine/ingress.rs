@@ -1,7 +1,7 @@
 //! From the peers to the device: datagrams, several in a message where the kernel has merged them, become as few writes as
 //! the flows in them allow.
 
-use std::{cell::Cell, io, ops::Range};
+use std::{cell::Cell, io, net::IpAddr, ops::Range};
 
 use crate::{
     offload::{Coalescer, Merge, VirtioNetHdr, Write},
@@ -12,7 +12,7 @@ use crate::{
 use super::{
     admission::Admission,
     context::Context,
-    counters::{Counters, Drop},
+    counters::{Counters, Drop, uptime},
     forward::{self, Verdict},
     io::{DatagramSink, DatagramSource, InParts, PacketSink},
 };
@@ -95,14 +95,23 @@ impl Ingress {
                     self.coalescer.push(arena, packet);
                 }
                 Verdict::Refuse(error, reason) => {
-                    context.counters.drop_one(reason);
+                    refuse(message.from, reason, context);
                     if context.refusals.answer_remote(bytes, error, context.routes, peers) {
                         context.counters.icmp_errors.add(1);
                     }
                 }
-                Verdict::Drop(reason) => context.counters.drop_one(reason),
+                Verdict::Drop(reason) => refuse(message.from, reason, context),
             }
         }
+    }
+}
+
+/// Counts a packet from `from` that is not let in.
+#[cold]
+fn refuse(from: IpAddr, reason: Drop, context: &Context<'_>) {
+    context.counters.drop_one(reason);
+    if let Some(id) = context.routes.host(from) {
+        context.counters.peer(id).refused.add(1);
     }
 }
 
@@ -127,7 +136,9 @@ impl Tally {
 
     fn flush(&mut self, counters: &Counters) {
         if self.packets > 0 {
-            counters.peer(self.id).received.add(self.packets, self.bytes);
+            let peer = counters.peer(self.id);
+            peer.received.add(self.packets, self.bytes);
+            peer.last_received.set(uptime());
             (self.packets, self.bytes) = (0, 0);
         }
     }

@@ -119,17 +119,28 @@ enum Command {
 /// A running engine. Dropping it stops it.
 pub struct Engine {
     workers: Vec<Handle>,
-    offloads: Offloads,
-    fallbacks: Arc<Fallbacks>,
+    observer: Observer,
 }
 
 struct Handle {
     commands: Sender<Command>,
     bell: Bell,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Sees what an engine has done, from any thread, also when the engine is gone.
+#[derive(Debug, Clone)]
+pub struct Observer {
+    workers: Vec<Observed>,
+    offloads: Offloads,
+    fallbacks: Arc<Fallbacks>,
+}
+
+#[derive(Debug, Clone)]
+struct Observed {
     counters: Arc<Counters>,
     /// The worker's own, to ask it what it has dropped.
-    socket: UdpSocket,
-    thread: Option<JoinHandle<()>>,
+    socket: Arc<UdpSocket>,
 }
 
 impl Engine {
@@ -144,8 +155,11 @@ impl Engine {
         let processors = if parts.pin { processors()? } else { Vec::new() };
         let mut engine = Self {
             workers: Vec::with_capacity(count),
-            offloads: parts.offloads,
-            fallbacks: Arc::default(),
+            observer: Observer {
+                workers: Vec::with_capacity(count),
+                offloads: parts.offloads,
+                fallbacks: Arc::default(),
+            },
         };
         for (index, (queue, sockets)) in parts.queues.into_iter().zip(parts.sockets).enumerate() {
             let counters = Arc::new(Counters::default());
@@ -159,7 +173,7 @@ impl Engine {
                 busy_poll: parts.busy_poll,
                 sharers: count,
                 counters: Arc::clone(&counters),
-                fallbacks: Arc::clone(&engine.fallbacks),
+                fallbacks: Arc::clone(&engine.observer.fallbacks),
             };
             let socket = sockets.first().ok_or(std::io::ErrorKind::InvalidInput)?.try_clone()?;
             let (commands, inbox) = crossbeam_channel::unbounded();
@@ -183,15 +197,29 @@ impl Engine {
                 })?;
             // A worker that is gone without a word has panicked, which it has reported.
             let bell = outcome.recv().unwrap_or(Err(std::io::ErrorKind::Other.into()))?;
+            engine.observer.workers.push(Observed {
+                counters,
+                socket: Arc::new(socket),
+            });
             engine.workers.push(Handle {
                 commands,
                 bell,
-                counters,
-                socket,
                 thread: Some(thread),
             });
         }
         Ok(engine)
+    }
+
+    /// To see what it does.
+    pub fn observer(&self) -> &Observer {
+        &self.observer
+    }
+}
+
+impl Observer {
+    /// What the engine could do when it began; [`Snapshot::offloads`] is what is left of it.
+    pub fn offloads(&self) -> Offloads {
+        self.offloads
     }
 
     /// What the engine has done so far. No worker waits for it.

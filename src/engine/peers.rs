@@ -21,12 +21,9 @@ impl PeerIds {
         }
     }
 
-    /// The address that has this number.
-    pub fn address(&self, id: PeerId) -> Option<IpAddr> {
-        self.ids
-            .iter()
-            .find(|(_, known)| **known == id)
-            .map(|(address, _)| *address)
+    /// The address that has each number.
+    pub fn addresses(&self) -> HashMap<PeerId, IpAddr> {
+        self.ids.iter().map(|(address, id)| (*id, *address)).collect()
     }
 }
 
@@ -43,7 +40,7 @@ mod tests {
         assert_eq!(first, again);
         let numbers: Vec<usize> = first.iter().map(|id| id.index()).collect();
         assert_eq!(numbers, (1..=100).collect::<Vec<_>>());
-        assert_eq!(ids.address(first[7]), Some(addresses[7]));
+        assert_eq!(ids.addresses()[&first[7]], addresses[7]);
     }
 
     #[test]

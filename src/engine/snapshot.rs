@@ -2,7 +2,7 @@
 
 use super::{
     Offloads,
-    counters::{Counters, Drop, Flow, PeerTraffic},
+    counters::{Counters, Drop, Flow},
 };
 use crate::route_table::PeerId;
 
@@ -58,6 +58,12 @@ pub struct PeerSnapshot {
     pub sent: Traffic,
     /// From it.
     pub received: Traffic,
+    /// When it was last heard of: seconds of [`counters::uptime`](super::counters::uptime); 0: never.
+    pub last_received: u64,
+    /// Packets for it that the socket did not take.
+    pub unsent: u64,
+    /// Packets from it that were not let in.
+    pub refused: u64,
 }
 
 impl Traffic {
@@ -98,7 +104,6 @@ impl WorkerSnapshot {
 pub(super) fn peers<'a>(workers: impl Iterator<Item = &'a Counters>) -> Vec<PeerSnapshot> {
     let mut all: Vec<PeerSnapshot> = Vec::new();
     for (id, traffic) in workers.flat_map(Counters::peers) {
-        let PeerTraffic { sent, received } = traffic;
         let index = id.index();
         while all.len() <= index {
             // Of which there are fewer than `PeerId::COUNT`, since `index` is one of them.
@@ -107,12 +112,19 @@ pub(super) fn peers<'a>(workers: impl Iterator<Item = &'a Counters>) -> Vec<Peer
                 id,
                 sent: Traffic::default(),
                 received: Traffic::default(),
+                last_received: 0,
+                unsent: 0,
+                refused: 0,
             });
         }
-        all[index].sent.add(Traffic::of(sent));
-        all[index].received.add(Traffic::of(received));
+        let peer = &mut all[index];
+        peer.sent.add(Traffic::of(&traffic.sent));
+        peer.received.add(Traffic::of(&traffic.received));
+        peer.last_received = peer.last_received.max(traffic.last_received.get());
+        peer.unsent += traffic.unsent.get();
+        peer.refused += traffic.refused.get();
     }
-    all.retain(|peer| peer.sent.packets + peer.received.packets > 0);
+    all.retain(|peer| peer.sent.packets + peer.received.packets + peer.unsent + peer.refused > 0);
     all
 }
 
@@ -169,10 +181,17 @@ mod tests {
         one.peer(id).sent.add(2, 20);
         two.peer(id).sent.add(3, 30);
         two.peer(id).received.add(1, 5);
+        one.peer(id).last_received.set(7);
+        two.peer(id).last_received.set(9);
+        two.peer(id).unsent.add(4);
+        one.peer(id).refused.add(6);
         let peer = PeerSnapshot {
             id,
             sent: Traffic { packets: 5, bytes: 50 },
             received: Traffic { packets: 1, bytes: 5 },
+            last_received: 9,
+            unsent: 4,
+            refused: 6,
         };
         assert_eq!(snapshot(&[&one, &two]).peers, [peer]);
     }

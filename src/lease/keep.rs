@@ -14,9 +14,16 @@ const RETRY: Duration = Duration::from_secs(60);
 /// The shortest pause after a success: a margin as long as the whole time to live must not make a busy loop.
 const SHORTEST: Duration = Duration::from_secs(10);
 
-/// Refreshes `ttl` whenever `margin` of it is left (`--subnet-lease-renew-margin`); `left`: how much it has now. Returns
+/// Refreshes `ttl` whenever `margin` of it is left (`--subnet-lease-renew-margin`); `left`: how much it has now. `renewed` is
+/// told how much it has after each time. Returns
 /// when there is none any more: the record is gone, which the watch of the leases tells, or has become a reservation.
-pub async fn keep(registry: &dyn Registry, ttl: TtlId, mut left: Duration, margin: Duration) {
+pub async fn keep(
+    registry: &dyn Registry,
+    ttl: TtlId,
+    mut left: Duration,
+    margin: Duration,
+    renewed: impl Fn(Duration),
+) {
     let mut outage = Outage::of("renewing this host's lease");
     loop {
         tokio::time::sleep(left.saturating_sub(margin).max(SHORTEST)).await;
@@ -35,6 +42,7 @@ pub async fn keep(registry: &dyn Registry, ttl: TtlId, mut left: Duration, margi
             }
         };
         outage.over();
+        renewed(left);
         debug!("lease renewed: {} s left", left.as_secs());
     }
 }
@@ -57,7 +65,7 @@ mod tests {
             .ttl
             .unwrap();
         let shared = registry.clone();
-        let task = tokio::spawn(async move { keep(&shared, ttl, DAY, margin).await });
+        let task = tokio::spawn(async move { keep(&shared, ttl, DAY, margin, |_| {}).await });
         (registry, task)
     }
 

@@ -1,31 +1,17 @@
-//! The health port: `/healthz` answers 200 while the process runs, `/readyz` 503 until the daemon serves, then 200.
+//! The health port: `/healthz` answers 200 while the process runs, `/readyz` 503 and why until the daemon serves, then 200,
+//! `/metrics` in the format of Prometheus.
 
-use std::{
-    io,
-    net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+use std::{collections::HashMap, io, net::SocketAddr};
+
+use axum::{
+    Router,
+    extract::Query,
+    http::{StatusCode, header},
+    routing::get,
 };
-
-use axum::{Router, http::StatusCode, routing::get};
 use tokio::net::TcpListener;
 
-/// Whether the daemon serves: subnet file written, backend running. Clones share the state.
-#[derive(Debug, Clone, Default)]
-pub struct Readiness(Arc<AtomicBool>);
-
-impl Readiness {
-    /// From now on the daemon serves.
-    pub fn set(&self) {
-        self.0.store(true, Ordering::Release);
-    }
-
-    fn is_set(&self) -> bool {
-        self.0.load(Ordering::Acquire)
-    }
-}
+use super::{board::Board, metrics};
 
 /// The health port could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -39,20 +25,88 @@ pub struct Error {
 ///
 /// # Errors
 /// When the address is in use or not this host's.
-pub async fn serve(address: SocketAddr, readiness: Readiness) -> Result<(), Error> {
+pub async fn serve(address: SocketAddr, board: Board) -> Result<(), Error> {
     let listener = TcpListener::bind(address)
         .await
         .map_err(|source| Error { address, source })?;
-    let app = Router::new().route("/healthz", get(|| async { "ok\n" })).route(
-        "/readyz",
-        get(move || async move {
-            if readiness.is_set() {
-                (StatusCode::OK, "ok\n")
-            } else {
-                (StatusCode::SERVICE_UNAVAILABLE, "not ready\n")
-            }
-        }),
-    );
+    let readiness = board.clone();
+    let app = Router::new()
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route(
+            "/readyz",
+            get(async move |Query(query): Query<HashMap<String, String>>| {
+                ready(&readiness, query.contains_key("verbose"))
+            }),
+        )
+        .route(
+            "/metrics",
+            get(async move || {
+                (
+                    [(header::CONTENT_TYPE, metrics::CONTENT_TYPE)],
+                    metrics::render(&board.status()),
+                )
+            }),
+        );
     tokio::spawn(async move { axum::serve(listener, app).await });
     Ok(())
+}
+
+/// The answer to `/readyz`; with `?verbose`, each thing that readiness is made of.
+fn ready(board: &Board, verbose: bool) -> (StatusCode, String) {
+    let (ready, waiting_for) = board.readiness();
+    let code = if ready {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    };
+    let mut text = match (ready, waiting_for) {
+        (true, _) => "ok\n".to_owned(),
+        (false, Some(what)) => format!("not ready: waiting for {what}\n"),
+        (false, None) => "not ready\n".to_owned(),
+    };
+    if verbose {
+        let status = board.status();
+        let registry = &status.registry;
+        let lines = [
+            ("interface", status.external.map(|external| external.interface)),
+            ("lease", status.lease.map(|lease| lease.subnet)),
+            ("backend", status.backend.map(|backend| backend.kind)),
+            ("registry", registry.connected.then(|| registry.name.clone())),
+        ];
+        for (what, there) in lines {
+            text += &match there {
+                Some(there) => format!("[+] {what} ok: {there}\n"),
+                None => format!("[-] {what} not there\n"),
+            };
+        }
+        if let Some(trouble) = &registry.trouble {
+            text += &format!("    {trouble}\n");
+        }
+    }
+    (code, text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn readiness_says_what_is_waited_for() {
+        let board = Board::new("a test".to_owned());
+        board.waiting_for("the network's configuration");
+        assert_eq!(
+            ready(&board, false),
+            (
+                StatusCode::SERVICE_UNAVAILABLE,
+                "not ready: waiting for the network's configuration\n".to_owned()
+            )
+        );
+        let (_, text) = ready(&board, true);
+        assert!(
+            text.contains("[-] lease not there\n[-] backend not there\n[-] registry not there\n"),
+            "{text}"
+        );
+        board.ready();
+        assert_eq!(ready(&board, false), (StatusCode::OK, "ok\n".to_owned()));
+    }
 }

@@ -1,7 +1,22 @@
-//! What people and machines see of a running daemon: logs, [`health`]; how it speaks of trouble that lasts ([`outage`]).
+//! What people and machines see of a running daemon.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | [`board`] | where the daemon writes what it is doing |
+//! | [`status`] | one moment of it, as a value |
+//! | [`socket`] | gives that to `flanneld status` |
+//! | [`health`] | the health port: `/healthz`, `/readyz`, and `/metrics` |
+//! | [`metrics`] | the same for Prometheus |
+//! | [`registry`] | watches how the registry answers |
+//! | [`outage`] | how the daemon speaks of trouble that lasts |
 
+pub mod board;
 pub mod health;
+pub mod metrics;
 pub mod outage;
+pub mod registry;
+pub mod socket;
+pub mod status;
 
 use tracing_subscriber::{
     filter::{LevelFilter, Targets},
