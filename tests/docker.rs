@@ -8,7 +8,9 @@ use lab::{FLANNELD, is_left, new_lab};
 use nix::sys::signal::Signal;
 use std::{
     collections::BTreeSet,
+    env, fs,
     io::{self, Write},
+    os::unix::fs::PermissionsExt,
     path::Path,
     process::Command,
     time::Duration,
@@ -130,6 +132,25 @@ fn what_a_killed_docker_lab_leaves_goes_with_the_next() {
     next.signal(Signal::SIGTERM);
     assert_eq!(next.wait(PATIENCE).unwrap().code(), Some(143), "{}", next.log());
     assert!(!is_left(&next_id), "{}", next.log());
+}
+
+#[test]
+fn docker_lab_says_why_it_cannot_run_here() {
+    let files = new_lab("docker_cannot");
+    // Found before the real one.
+    let dockerd = files.dir().join("dockerd");
+    fs::write(&dockerd, "#!/bin/sh\necho 'no cgroups here' >&2\nexit 1\n").unwrap();
+    fs::set_permissions(&dockerd, fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:{}", files.dir().display(), env::var("PATH").unwrap());
+
+    let mut script = lab_docker();
+    script.env("PATH", path);
+    let mut lab = Process::spawn("lab-docker", script, &files.dir().join("log")).unwrap();
+    let status = lab.wait(PATIENCE).unwrap();
+
+    assert_eq!(status.code(), Some(CANNOT), "{}", lab.log());
+    assert!(lab.log().contains("lab-docker: SKIPPED: "), "{}", lab.log());
+    assert!(!is_left(&id_of(&lab)), "{}", lab.log());
 }
 
 #[test]
