@@ -4,12 +4,11 @@
 mod lab;
 
 use flannel::lab::{Process, command, wait_until};
-use lab::{FLANNELD, is_left, new_lab};
+use lab::{FLANNELD, is_left, new_lab, not_tested};
 use nix::sys::signal::Signal;
 use std::{
     collections::BTreeSet,
     env, fs,
-    io::{self, Write},
     os::unix::fs::PermissionsExt,
     path::Path,
     process::Command,
@@ -40,10 +39,7 @@ fn at(log: &Path, sign: &str) -> Option<Process> {
     match process.exited() {
         None => Some(process),
         Some(status) if status.code() == Some(CANNOT) => {
-            // Past the capture of the test's output: a test that was not made must be seen.
-            let reason = process.log();
-            let reason = reason.lines().last().unwrap_or_default();
-            writeln!(io::stderr(), "not tested: {reason}").unwrap();
+            not_tested(process.log().lines().last().unwrap_or_default());
             None
         }
         Some(status) => panic!("{status}: {}", process.log()),

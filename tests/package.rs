@@ -3,12 +3,11 @@
 mod lab;
 
 use flannel::lab::{Host, Lab, Process, SubnetEnv, command, has_program, run, tail, wait_until, without_daemon_env};
-use lab::{CONFIG, FLANNELD, PATIENCE, new_lab};
+use lab::{CONFIG, FLANNELD, PATIENCE, new_lab, not_tested};
 use nix::sys::signal::Signal;
 use std::{
     collections::BTreeSet,
     fs,
-    io::{self, Write},
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     process::Command,
@@ -213,8 +212,7 @@ fn package_installs_and_runs_on_a_clean_debian() {
     let debian = match CleanDebian::make(lab.dir().join("debian")) {
         Ok(debian) => debian,
         Err(reason) => {
-            // Past the capture of the test's output: a test that was not made must be seen.
-            writeln!(io::stderr(), "not tested on a clean Debian: {reason}").unwrap();
+            not_tested(&format!("installing the package: {reason}"));
             return;
         }
     };
