@@ -5,6 +5,7 @@
 //! file, say that we are ready; then follow the leases, the kernel and the external interface until a signal comes, this
 //! host's lease is gone, or another host has its PublicIP. SIGTERM and SIGINT end it at any point.
 
+mod blackhole;
 mod pace;
 
 use std::{
@@ -48,6 +49,7 @@ use crate::{
     subnet_file::{Previous, Share, SubnetFile, WriteError},
 };
 
+use blackhole::Blackhole;
 use pace::{Look, Pace};
 
 /// How long a stopping daemon waits for the registry to take its claim back.
@@ -70,6 +72,8 @@ pub struct Settings {
     pub health: Option<SocketAddr>,
     /// Where `flanneld status` asks.
     pub status_socket: PathBuf,
+    /// Whether what no container has is dropped.
+    pub blackhole_route: bool,
     /// Which traffic rules to keep.
     pub rules: rules::Options,
     /// For the `udp` backend.
@@ -195,6 +199,12 @@ async fn serve(settings: &Settings, board: &Board, slot: &PresenceSlot) -> Resul
     board.lease(&own.lease, own.left);
     leftovers::remove(&mut kernel, &overlays, network.backend())?;
     backend.start(&network, &own.lease)?;
+    let dropped = if settings.blackhole_route {
+        own.lease.subnets.nets().collect()
+    } else {
+        Vec::new()
+    };
+    let blackhole = Blackhole::new(&mut kernel, dropped, &overlays);
 
     let addresses = OwnAddresses::new(own.lease.value.public_ip);
     let (publish, mut peers) = watch::channel(None);
@@ -216,6 +226,7 @@ async fn serve(settings: &Settings, board: &Board, slot: &PresenceSlot) -> Resul
         kernel,
         external,
         backend,
+        blackhole,
         lease: own.lease,
         peers: None,
         board,
@@ -287,6 +298,7 @@ struct Run<'a> {
     kernel: Kernel,
     external: External,
     backend: Box<dyn Backend>,
+    blackhole: Blackhole,
     lease: Lease,
     /// `None` until the registry has told.
     peers: Option<Arc<PeerSet>>,
@@ -329,7 +341,7 @@ impl Run<'_> {
     fn notice(&mut self, changes: &[Change]) {
         let of_interfaces =
             |change: &Change| matches!(change, Change::Link { .. } | Change::Address { .. } | Change::Lost);
-        if self.backend.notice(changes) || changes.iter().any(of_interfaces) {
+        if self.backend.notice(changes) || self.blackhole.is_hit(changes) || changes.iter().any(of_interfaces) {
             self.pace.has_news(Instant::now());
         }
     }
@@ -341,6 +353,7 @@ impl Run<'_> {
             self.backend.recheck();
         }
         let news = self.follow_interface()?;
+        self.blackhole.keep(&mut self.kernel);
         self.apply()?;
         self.pace.looked(look, Instant::now());
         Ok(news)

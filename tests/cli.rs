@@ -218,19 +218,6 @@ fn put_by_hand(directory: &std::path::Path, key: &str, value: &str) {
 }
 
 #[test]
-fn a_backend_that_this_version_lacks_is_named_with_what_there_is() {
-    let mut lab = new_lab("nobackend");
-    let host = lab.host("h1").unwrap();
-    let registry = Registry::embedded(&lab);
-    registry.configure(
-        host.ns(),
-        r#"{"Network":"10.5.0.0/16","Backend":{"Type":"VxLAN","Directrouting":true}}"#,
-    );
-    let said = gives_up(Daemon::new(&lab, &host, &registry));
-    assert!(said.contains("vxlan") && said.contains("udp"), "{said}");
-}
-
-#[test]
 fn the_interface_is_chosen_as_asked_and_what_there_is_is_listed_when_nothing_matches() {
     let mut lab = new_lab("iface");
     let host: Host = lab.host("h1").unwrap();

@@ -4,6 +4,7 @@ mod lab;
 
 use std::{
     net::{IpAddr, Ipv4Addr},
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -19,6 +20,7 @@ use flannel::{
     network::Vni,
     sys::ethtool,
 };
+use ipnet::IpNet;
 use lab::{PATIENCE, inside, new_lab};
 use nix::{
     sched::{CloneFlags, unshare},
@@ -510,6 +512,49 @@ fn links_are_changed_and_removed() {
     assert_eq!(error.io().raw_os_error(), Some(libc::ENODEV));
     // As another handle sees them: statistics by name pass the kernel's strict checks.
     assert_eq!(bench.kernel.dropped("eth0").unwrap(), 0);
+}
+
+#[test]
+fn a_list_is_whole_although_it_changes_meanwhile() {
+    let mut bench = Bench::new("whole");
+    // Enough that the kernel hands the list over in several parts.
+    let addresses: Vec<IpNet> = (0..1_000u32)
+        .map(|number| {
+            IpNet::new(
+                (u32::from(Ipv4Addr::new(10, 3, 0, 1)) + number).to_be_bytes().into(),
+                32,
+            )
+            .unwrap()
+        })
+        .collect();
+    let eth0 = bench.index("eth0");
+    for address in &addresses {
+        bench.kernel.add_address(eth0, *address).unwrap();
+    }
+    let ns = bench.ns().clone();
+    // Of another scope it goes in front of the others, so that they move in the list.
+    let first: IpNet = "10.2.0.1/32".parse().unwrap();
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                for verb in ["add", "del"] {
+                    ns.ip(&format!("address {verb} {first} scope link dev eth0")).unwrap();
+                }
+            }
+        });
+        let lists: Vec<_> = (0..50).map(|_| bench.kernel.links()).collect();
+        done.store(true, Ordering::Relaxed);
+        for links in lists {
+            let link = links.unwrap().into_iter().find(|link| link.index == eth0).unwrap();
+            let found: Vec<&IpNet> = link
+                .addresses
+                .iter()
+                .filter(|found| addresses.contains(found))
+                .collect();
+            assert!(found.iter().copied().eq(&addresses), "{} of them", found.len());
+        }
+    });
 }
 
 #[test]

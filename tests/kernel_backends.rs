@@ -25,6 +25,7 @@ use std::{
     fmt::Write as _,
     net::Ipv4Addr,
     process::Stdio,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -413,7 +414,10 @@ fn thousands_of_peers_are_programmed_in_seconds_and_a_change_of_one_in_milliseco
             unreachable!()
         };
         let overlays = Overlays::new(&network, &Previous::default()).unwrap();
-        let mut peers: PeerSet = (0..PEERS).map(lease).map(|lease| (lease.subnets, lease)).collect();
+        let mut peers: PeerSet = (0..PEERS)
+            .map(lease)
+            .map(|lease| (lease.subnets, Arc::new(lease)))
+            .collect();
         inside(host.ns(), || {
             let wish = Wish::default();
             let external = external::choose(&mut Kernel::open().unwrap(), &wish).unwrap();
@@ -439,7 +443,7 @@ fn thousands_of_peers_are_programmed_in_seconds_and_a_change_of_one_in_milliseco
             assert!(busy < limit, "{busy:?}");
             let (gone, new) = (lease(7), lease(PEERS + 1));
             peers.remove(&gone.subnets);
-            peers.insert(new.subnets, new);
+            peers.insert(new.subnets, Arc::new(new));
             let busy = timed("one gone and one new", &mut || vxlan.apply(&peers).unwrap());
             assert!(busy < limit, "{busy:?}");
         });

@@ -13,14 +13,18 @@
 //! All else is foreign and left alone, except where it stands in the place of what is desired.
 
 use std::{
+    cmp::Ordering,
     collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
 };
 
 use ipnet::IpNet;
 
-use crate::kernel::entries::{
-    FdbEntry, FoundFdbEntry, FoundNeighbour, FoundRoute, Mac, Neighbour, Operation, PROTOCOL, Route,
+use crate::{
+    kernel::entries::{
+        FdbEntry, FoundFdbEntry, FoundNeighbour, FoundRoute, Mac, Neighbour, Operation, PROTOCOL, Route,
+    },
+    registry::Revision,
 };
 
 /// The metric of a route that was given none: IPv4 has 0 then, IPv6 1024 (`IP6_RT_PRIO_USER`, net/ip6_route.h).
@@ -62,7 +66,20 @@ impl Scope {
 pub struct Desired {
     routes: BTreeMap<IpNet, Route>,
     neighbours: BTreeMap<IpAddr, Neighbour>,
-    fdb: BTreeMap<Mac, FdbEntry>,
+    fdb: BTreeMap<Mac, Claim>,
+}
+
+/// Where a MAC is, as a peer says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Claim {
+    entry: FdbEntry,
+    age: Revision,
+}
+
+impl Claim {
+    fn is(&self, found: &FoundFdbEntry) -> bool {
+        found.entry == self.entry && found.permanent
+    }
 }
 
 impl Desired {
@@ -83,11 +100,16 @@ impl Desired {
     /// A peer that is reached through the VXLAN device `link`, as the original does it: the subnet lies behind an imagined
     /// gateway with the subnet's own address, whose MAC is that of the peer's device.
     ///
-    /// A MAC has one place: where two peers claim the same, the one that was added last is believed.
-    pub fn tunnel(&mut self, subnet: IpNet, mac: Mac, peer: IpAddr, link: u32) {
+    /// A MAC has one place: of two peers that claim it, the one whose lease is the younger is believed. It may be one host,
+    /// which has come back with another subnet.
+    pub fn tunnel(&mut self, subnet: IpNet, mac: Mac, peer: IpAddr, age: Revision, link: u32) {
         let to = subnet.trunc();
         let gateway = to.network();
-        self.fdb.insert(mac, FdbEntry { link, mac, to: peer });
+        let entry = FdbEntry { link, mac, to: peer };
+        let claim = self.fdb.entry(mac).or_insert(Claim { entry, age });
+        if claim.age <= age {
+            *claim = Claim { entry, age };
+        }
         self.neighbours.insert(
             gateway,
             Neighbour {
@@ -283,9 +305,13 @@ impl Actual {
         }
     }
 
-    /// Whether the entry may be taken for ours, given how many neighbours of ours have its MAC.
-    fn owns_fdb(&self, mac: &Mac, holders: &HashMap<Mac, usize>) -> bool {
-        self.put.contains(mac) || holders.get(mac).is_some_and(|count| *count > 0)
+    /// How many neighbours of ours have each MAC.
+    fn holders(&self) -> HashMap<Mac, usize> {
+        let mut holders = HashMap::new();
+        for held in self.neighbours.values().filter(|held| held.ours) {
+            *holders.entry(held.neighbour.mac).or_default() += 1;
+        }
+        holders
     }
 }
 
@@ -295,81 +321,111 @@ fn first_at(address: IpAddr) -> IpNet {
     IpNet::new_assert(address, 0)
 }
 
+/// The keys where two maps differ, in order, with what each has there. One walk over both: of thousands of peers, mostly one
+/// has changed.
+fn differences<'a, K: Ord, D, A>(
+    desired: &'a BTreeMap<K, D>,
+    actual: &'a BTreeMap<K, A>,
+    same: impl Fn(&D, &A) -> bool,
+) -> Vec<(Option<&'a D>, Option<&'a A>)> {
+    let (mut desired, mut actual) = (desired.iter().peekable(), actual.iter().peekable());
+    let mut differences = Vec::new();
+    loop {
+        let order = match (desired.peek(), actual.peek()) {
+            (None, None) => return differences,
+            (Some(_), None) => Ordering::Less,
+            (None, Some(_)) => Ordering::Greater,
+            (Some((wanted, _)), Some((there, _))) => wanted.cmp(there),
+        };
+        let wanted = if order.is_le() { desired.next() } else { None }.map(|(_, value)| value);
+        let there = if order.is_ge() { actual.next() } else { None }.map(|(_, value)| value);
+        if !matches!((wanted, there), (Some(wanted), Some(there)) if same(wanted, there)) {
+            differences.push((wanted, there));
+        }
+    }
+}
+
 /// The operations that turn `actual` into `desired`, to be carried out in this order.
 ///
 /// After each of them, every route of ours has its neighbour, and every peer that is desired as it was before, or only
 /// by another way, can be reached. The one exception: a peer that has changed its MAC is without a forwarding entry for a
 /// moment; with the old one it was not reached either.
 pub fn reconcile(desired: &Desired, actual: &Actual) -> Vec<Operation> {
+    let routes = differences(&desired.routes, &actual.routes, |route, found| {
+        found.route == *route && found.protocol == PROTOCOL && !found.multipath
+    });
+    let neighbours = differences(&desired.neighbours, &actual.neighbours, |neighbour, held| {
+        held.neighbour == *neighbour && held.marked
+    });
+    let fdb = differences(&desired.fdb, &actual.fdb, Claim::is);
     let mut operations = Vec::new();
-
-    // How many neighbours of ours have each MAC, as the operations change it.
-    let mut holders: HashMap<Mac, usize> = HashMap::new();
-    for held in actual.neighbours.values().filter(|held| held.ours) {
-        *holders.entry(held.neighbour.mac).or_default() += 1;
+    if routes.is_empty() && neighbours.is_empty() && fdb.is_empty() {
+        return operations;
     }
-    let mut removed = BTreeSet::new();
 
     // 1. Neighbours, each with its forwarding entry behind it.
-    for neighbour in desired.neighbours.values() {
-        let held = actual.neighbours.get(&neighbour.address);
-        if held.is_none_or(|held| !held.marked || held.neighbour.mac != neighbour.mac) {
-            if let Some(held) = held.filter(|held| held.ours) {
-                let old = held.neighbour.mac;
-                let count = holders.entry(old).or_default();
-                *count = count.saturating_sub(1);
-                // Once the neighbour has the new MAC, nothing would show that the old one's entry is ours.
-                if old != neighbour.mac
-                    && *count == 0
-                    && let Some(found) = actual.fdb.get(&old)
-                    && removed.insert(old)
-                {
-                    operations.push(Operation::RemoveFdb(found.entry));
-                }
+    let mut holders = actual.holders();
+    let (mut removed, mut put) = (BTreeSet::new(), BTreeSet::new());
+    for (neighbour, held) in &neighbours {
+        let Some(neighbour) = neighbour else { continue };
+        if let Some(held) = held.filter(|held| held.ours) {
+            let old = held.neighbour.mac;
+            let count = holders.entry(old).or_default();
+            *count = count.saturating_sub(1);
+            // Once the neighbour has the new MAC, nothing would show that the old one's entry is ours.
+            if old != neighbour.mac
+                && *count == 0
+                && let Some(found) = actual.fdb.get(&old)
+                && removed.insert(old)
+            {
+                operations.push(Operation::RemoveFdb(found.entry));
             }
-            operations.push(Operation::PutNeighbour(*neighbour));
-            *holders.entry(neighbour.mac).or_default() += 1;
         }
-        let Some(entry) = desired.fdb.get(&neighbour.mac) else {
-            continue;
-        };
-        let there = actual.fdb.get(&entry.mac).filter(|_| !removed.contains(&entry.mac));
-        if there.is_none_or(|found| found.entry != *entry || !found.permanent) {
-            operations.push(Operation::PutFdb(*entry));
-            removed.remove(&entry.mac);
+        operations.push(Operation::PutNeighbour(**neighbour));
+        let mac = neighbour.mac;
+        *holders.entry(mac).or_default() += 1;
+        let there = actual.fdb.get(&mac).filter(|_| !removed.contains(&mac));
+        if let Some(claim) = desired.fdb.get(&mac)
+            && there.is_none_or(|found| !claim.is(found))
+            && put.insert(mac)
+        {
+            operations.push(Operation::PutFdb(claim.entry));
+        }
+    }
+    // Those whose neighbour is there already.
+    for (claim, _) in &fdb {
+        if let Some(claim) = claim
+            && put.insert(claim.entry.mac)
+        {
+            operations.push(Operation::PutFdb(claim.entry));
         }
     }
     // The original's, which are going: without its route nothing would show that such a neighbour is ours.
-    for (address, held) in &actual.neighbours {
-        if held.ours && !held.marked && !desired.neighbours.contains_key(address) {
-            operations.push(Operation::PutNeighbour(held.neighbour));
-        }
+    let going = neighbours.iter().filter(|(wanted, _)| wanted.is_none());
+    let going = going.filter_map(|(_, held)| held.filter(|held| held.ours));
+    for held in going.clone().filter(|held| !held.marked) {
+        operations.push(Operation::PutNeighbour(held.neighbour));
     }
 
     // 2. Routes: those that replace others do so in one step.
-    for (to, route) in &desired.routes {
-        let there = actual.routes.get(to);
-        if there.is_none_or(|found| found.route != *route || found.protocol != PROTOCOL || found.multipath) {
-            operations.push(Operation::PutRoute(*route));
-        }
+    for (route, _) in &routes {
+        operations.extend(route.map(|route| Operation::PutRoute(*route)));
     }
 
     // 3. What is left over, in the opposite order.
-    for (to, found) in &actual.routes {
-        if actual.scope.is_ours(found) && !desired.routes.contains_key(to) {
-            operations.push(Operation::RemoveFoundRoute(*found));
-        }
+    for (wanted, found) in &routes {
+        let found = found.filter(|found| wanted.is_none() && actual.scope.is_ours(found));
+        operations.extend(found.map(|found| Operation::RemoveFoundRoute(*found)));
     }
-    for (mac, found) in &actual.fdb {
-        if actual.owns_fdb(mac, &holders) && !desired.fdb.contains_key(mac) && !removed.contains(mac) {
-            operations.push(Operation::RemoveFdb(found.entry));
-        }
+    for (wanted, found) in &fdb {
+        let ours = |mac| actual.put.contains(mac) || holders.get(mac).is_some_and(|count| *count > 0);
+        let found = found.filter(|found| {
+            let mac = &found.entry.mac;
+            wanted.is_none() && ours(mac) && !removed.contains(mac)
+        });
+        operations.extend(found.map(|found| Operation::RemoveFdb(found.entry)));
     }
-    for (address, held) in &actual.neighbours {
-        if held.ours && !desired.neighbours.contains_key(address) {
-            operations.push(Operation::RemoveNeighbour(held.neighbour));
-        }
-    }
+    operations.extend(going.map(|held| Operation::RemoveNeighbour(held.neighbour)));
     operations
 }
 
@@ -505,8 +561,8 @@ mod tests {
             for neighbour in desired.neighbours.values() {
                 self.neighbour(*neighbour, 0);
             }
-            for entry in desired.fdb.values() {
-                self.fdb(*entry);
+            for claim in desired.fdb.values() {
+                self.fdb(claim.entry);
             }
         }
 
@@ -549,7 +605,7 @@ mod tests {
             for (number, (direct, host)) in &self.hosts {
                 match direct {
                     true => desired.route_directly(subnet(*number), self.ip(*host), ETH0),
-                    false => desired.tunnel(subnet(*number), mac(*host), self.ip(*host), DEVICE),
+                    false => desired.tunnel(subnet(*number), mac(*host), self.ip(*host), Revision(1), DEVICE),
                 }
             }
             desired
@@ -596,7 +652,7 @@ mod tests {
             .neighbours
             .values()
             .for_each(|neighbour| expected.neighbour(*neighbour, PROTOCOL));
-        desired.fdb.values().for_each(|entry| expected.fdb(*entry));
+        desired.fdb.values().for_each(|claim| expected.fdb(claim.entry));
         // Someone else's route in the place of a desired one is gone for good.
         let mut world = world.clone();
         for (key, found) in &foreign.routes {
@@ -646,8 +702,22 @@ mod tests {
 
     fn one_peer() -> (Desired, World) {
         let mut desired = Desired::default();
-        desired.tunnel(subnet(1), mac(1), "192.0.2.1".parse().unwrap(), DEVICE);
+        desired.tunnel(subnet(1), mac(1), "192.0.2.1".parse().unwrap(), Revision(1), DEVICE);
         (desired, World::default())
+    }
+
+    #[test]
+    fn of_two_peers_with_one_mac_the_younger_is_believed() {
+        let ips: [IpAddr; 2] = ["192.0.2.1", "192.0.2.2"].map(|ip| ip.parse().unwrap());
+        for (ages, believed) in [([1, 2], ips[1]), ([2, 1], ips[0])] {
+            let mut desired = Desired::default();
+            for number in [0, 1] {
+                let age = Revision(ages[number]);
+                desired.tunnel(subnet(1 + number as u8), mac(1), ips[number], age, DEVICE);
+            }
+            assert_eq!(desired.fdb[&mac(1)].entry.to, believed);
+            assert_eq!(desired.len(), 2);
+        }
     }
 
     #[test]

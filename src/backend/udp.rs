@@ -232,7 +232,7 @@ impl Backend for Udp {
             queues: device.queues,
             sockets: std::mem::take(&mut self.sockets),
             routes: self.routes.clone(),
-            admission: Admission::new(source_check(self.configuration.source_check), nets(own)),
+            admission: Admission::new(source_check(self.configuration.source_check), own.subnets.nets()),
             icmp_source: icmp_source(own),
             offloads,
             way,
@@ -274,7 +274,7 @@ impl Backend for Udp {
                 addr: SocketAddr::new(host, port),
                 id: ids.id(host),
             };
-            nets(lease).map(move |net| (net, peer))
+            lease.subnets.nets().map(move |net| (net, peer))
         });
         let table = RouteTable::new(routes);
         self.routes.publish(table);
@@ -422,11 +422,6 @@ fn mtu_over(external: &External) -> Result<u32, Error> {
     })
 }
 
-/// The subnets of a lease, of both families.
-fn nets(lease: &Lease) -> impl Iterator<Item = IpNet> + use<> {
-    std::iter::once(IpNet::V4(lease.subnets.v4())).chain(lease.subnets.v6().map(IpNet::V6))
-}
-
 /// Gives the device its addresses, brings it up and routes the overlay into it.
 fn configure(
     kernel: &mut Kernel,
@@ -453,7 +448,7 @@ fn configure(
             source: io::ErrorKind::NotFound.into(),
         })?;
     kernel.bring_up(index, mtu, DEVICE_QUEUE)?;
-    for net in nets(own) {
+    for net in own.subnets.nets() {
         // The subnet's own address, alone: the rest of the subnet is the containers'.
         kernel.add_address(index, IpNet::from(net.network()))?;
     }

@@ -4,7 +4,7 @@
 //! A peer's subnet is routed through the device to an imagined gateway; the gateway's MAC is that of the peer's device, and
 //! the forwarding entry of that MAC is the peer's PublicIP. With DirectRouting, peers on the same link get a plain route.
 
-use std::{net::IpAddr, time::Duration};
+use std::{collections::HashMap, net::IpAddr, time::Duration};
 
 use ipnet::IpNet;
 use serde_json::{Value, json};
@@ -244,17 +244,15 @@ impl Vxlan {
 
     fn try_apply(&mut self, peers: &PeerSet) -> Result<(), Error> {
         let device = self.device()?;
-        let hosts: Vec<IpAddr> = peers.values().map(|lease| lease.value.public_ip.into()).collect();
-        let nowhere = Default::default();
-        let paths = match self.configuration.direct_routing {
-            true => self.programming.paths(&hosts)?,
-            false => &nowhere,
+        let nowhere = HashMap::new();
+        let paths = if self.configuration.direct_routing {
+            let hosts: Vec<IpAddr> = peers.values().map(|lease| lease.value.public_ip.into()).collect();
+            self.programming.paths(&hosts)?
+        } else {
+            &nowhere
         };
-        // Of two peers with one MAC the younger one is believed: a host that has come back with another subnet, say.
-        let mut by_age: Vec<&Lease> = peers.values().collect();
-        by_age.sort_by_key(|lease| lease.revision);
         let mut desired = Desired::default();
-        for lease in by_age {
+        for lease in peers.values() {
             let (subnet, host) = (IpNet::V4(lease.subnets.v4()), IpAddr::V4(lease.value.public_ip));
             if !self.overlays.current.contains(&subnet) {
                 self.complaints.say(format!(
@@ -270,7 +268,7 @@ impl Vxlan {
                 continue;
             }
             match vtep(lease.value.backend_data.as_ref(), self.configuration.vni, self.mac) {
-                Ok(mac) => desired.tunnel(subnet, mac, host, device),
+                Ok(mac) => desired.tunnel(subnet, mac, host, lease.revision, device),
                 Err(reason) => self
                     .complaints
                     .say(format!("skipping peer {subnet} at {host}: {reason}")),

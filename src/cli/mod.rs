@@ -26,8 +26,6 @@ use clap::{
     parser::ValueSource,
 };
 
-use tracing::warn;
-
 pub use self::{
     docker_opts::DockerOptsArgs,
     leases::LeasesArgs,
@@ -200,9 +198,6 @@ pub fn execute(invocation: Invocation) -> ExitCode {
         Action::Man(args) => pages::man(&args, command(), &mut io::stdout()).map_err(AnyError::from),
         Action::Completions(args) => pages::completions(&args, command(), &mut io::stdout()).map_err(AnyError::from),
         Action::Run(args) => with_registry(invocation.registry, async |registry| {
-            for flag in args.without_effect() {
-                warn!("this version does not act on {flag}");
-            }
             Ok(daemon::run(args.settings(registry)).await?)
         }),
         Action::Network(args) => with_registry(invocation.registry, async |registry| {

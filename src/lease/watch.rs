@@ -16,8 +16,9 @@ use crate::{
 
 use super::record::{BackendType, Lease, SUBNETS, Subnets, subnets_of};
 
-/// All other hosts that use this host's backend, by subnet.
-pub type PeerSet = BTreeMap<Subnets, Lease>;
+/// All other hosts that use this host's backend, by subnet. The leases are shared, so that the whole set can be published anew
+/// for each change to one of thousands.
+pub type PeerSet = BTreeMap<Subnets, Arc<Lease>>;
 
 /// The PublicIPs by which this host knows its own lease.
 #[derive(Debug, Clone)]
@@ -168,7 +169,7 @@ impl View {
                 let known = self.peers.remove(&subnets);
                 self.put(record)?;
                 match (self.peers.get(&subnets), known) {
-                    (Some(lease), known) => self.tell(known.as_ref(), lease),
+                    (Some(lease), known) => self.tell(known.as_deref(), lease),
                     (None, Some(_)) => info!("peer {} is gone", subnets.to_cidrs()),
                     (None, None) => {}
                 }
@@ -218,7 +219,7 @@ impl View {
             );
             self.warn_once(&record, &text);
         } else {
-            self.peers.insert(lease.subnets, lease);
+            self.peers.insert(lease.subnets, Arc::new(lease));
         }
         Ok(())
     }
@@ -236,7 +237,7 @@ impl View {
             return;
         }
         for (subnets, lease) in news {
-            self.tell(known.get(subnets), lease);
+            self.tell(known.get(subnets).map(|lease| &**lease), lease);
         }
         for gone in gone {
             info!("peer {} is gone", gone.to_cidrs());
