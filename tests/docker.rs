@@ -6,14 +6,7 @@ mod lab;
 use flannel::lab::{Process, command, wait_until};
 use lab::{FLANNELD, is_left, new_lab, not_tested};
 use nix::sys::signal::Signal;
-use std::{
-    collections::BTreeSet,
-    env, fs,
-    os::unix::fs::PermissionsExt,
-    path::Path,
-    process::Command,
-    time::Duration,
-};
+use std::{collections::BTreeSet, env, fs, os::unix::fs::PermissionsExt, path::Path, process::Command, time::Duration};
 
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/lab-docker");
 

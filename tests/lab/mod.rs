@@ -59,6 +59,14 @@ pub(crate) fn is_left(id: &str) -> bool {
     names.any(|name| name.starts_with(&format!("{id}-"))) || fs::exists(format!("/tmp/{id}")).unwrap()
 }
 
+/// Says on standard error that something was not tested, and why. Past the capture of a passing test's output: what was not
+/// tested must be seen.
+pub(crate) fn not_tested(why: &str) {
+    io::stderr()
+        .write_all(format!("not tested: {why}\n").as_bytes())
+        .unwrap();
+}
+
 /// The flags that lead flanneld to a registry.
 #[derive(Clone, Debug)]
 pub(crate) struct Registry {
