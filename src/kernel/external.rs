@@ -221,6 +221,7 @@ mod tests {
             mtu: 1500,
             up: true,
             loopback: name == "lo",
+            mac: None,
             addresses: addresses.iter().map(|net| net.parse().unwrap()).collect(),
         }
     }
@@ -235,7 +236,11 @@ mod tests {
     }
 
     fn default_route() -> Path {
-        Path { link: 2, source: None }
+        Path {
+            link: 2,
+            gateway: None,
+            source: None,
+        }
     }
 
     fn chosen(wish: &Wish) -> (String, String, String) {
@@ -296,6 +301,7 @@ mod tests {
         };
         let path = Path {
             link: 3,
+            gateway: None,
             source: Some("192.168.64.4".parse().unwrap()),
         };
         let chosen = select(&host(), Some(&path), &wish).unwrap();

@@ -1,26 +1,32 @@
-//! The kernel's networking configuration over rtnetlink: links, addresses, routes; and which interface faces the other
+//! The kernel's networking configuration over rtnetlink: links and addresses here; routes, neighbours and forwarding
+//! entries ([`entries`]); VXLAN devices ([`vxlan`]); what changes in it ([`monitor`]); and which interface faces the other
 //! hosts ([`external`]).
 //!
-//! Calls block; each takes microseconds. Nothing here runs the `ip` command.
+//! Calls block; each takes microseconds, with thousands of entries milliseconds. Nothing here runs the `ip` command.
 
+pub mod entries;
 pub mod external;
+pub mod monitor;
 mod netlink;
+pub mod vxlan;
 
 use std::{
+    collections::HashMap,
     fs, io,
     net::{IpAddr, Ipv4Addr},
 };
 
 use ipnet::IpNet;
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage as Message,
     address::{AddressAttribute, AddressMessage},
-    link::{LinkAttribute, LinkFlags, LinkMessage},
+    link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage},
     route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
 };
 
-use netlink::Netlink;
+use entries::Mac;
+use netlink::{Answer, Netlink, Refusal};
 
 /// A handle on the kernel's configuration of the network namespace in which it was opened.
 #[derive(Debug)]
@@ -41,6 +47,8 @@ pub struct Link {
     pub up: bool,
     /// The loopback interface.
     pub loopback: bool,
+    /// Its Ethernet address; `None` for what has none, such as a TUN device.
+    pub mac: Option<Mac>,
     /// In the kernel's order, so that the primary address comes first.
     pub addresses: Vec<IpNet>,
 }
@@ -50,16 +58,20 @@ pub struct Link {
 pub struct Path {
     /// Index of the interface that it leaves by.
     pub link: u32,
+    /// The router on the way; `None`: the destination is on the link itself.
+    pub gateway: Option<IpAddr>,
     /// The source address it takes.
     pub source: Option<IpAddr>,
 }
 
 /// Why the kernel refused.
 #[derive(Debug, thiserror::Error)]
-#[error("{what}: {source}")]
+#[error("{what}: {source}{}", .reason.as_ref().map(|words| format!(" ({words})")).unwrap_or_default())]
 pub struct Error {
     what: String,
     source: io::Error,
+    /// The kernel's own words.
+    reason: Option<String>,
 }
 
 impl Error {
@@ -94,6 +106,11 @@ impl Kernel {
             .map_err(tried("cannot open a netlink socket"))
     }
 
+    /// The number that notifications of what was done through this handle bear: see [`monitor::Monitor::ignore`].
+    pub fn port(&self) -> u32 {
+        self.netlink.port()
+    }
+
     /// All interfaces with their addresses, by index.
     ///
     /// # Errors
@@ -101,20 +118,38 @@ impl Kernel {
     pub fn links(&mut self) -> Result<Vec<Link>, Error> {
         let replies = self
             .netlink
-            .request(Message::GetLink(LinkMessage::default()), NLM_F_DUMP)
+            .dump(Message::GetLink(LinkMessage::default()))
             .map_err(tried("cannot list the network interfaces"))?;
-        let mut links: Vec<Link> = replies.into_iter().filter_map(link_of).collect();
+        let mut links: Vec<Link> = replies
+            .iter()
+            .filter_map(|reply| match reply {
+                Message::NewLink(message) => Some(link_of(message)),
+                _ => None,
+            })
+            .collect();
         links.sort_by_key(|link| link.index);
+        self.add_addresses(links.iter_mut())?;
+        Ok(links)
+    }
+
+    /// Looks up the addresses of `links`.
+    fn add_addresses<'a>(&mut self, links: impl Iterator<Item = &'a mut Link>) -> Result<(), Error> {
         let replies = self
             .netlink
-            .request(Message::GetAddress(AddressMessage::default()), NLM_F_DUMP)
+            .dump(Message::GetAddress(AddressMessage::default()))
             .map_err(tried("cannot list the addresses of the network interfaces"))?;
-        for (index, address) in replies.into_iter().filter_map(address_of) {
-            if let Some(link) = links.iter_mut().find(|link| link.index == index) {
-                link.addresses.push(address);
-            }
+        let mut by_link: HashMap<u32, Vec<IpNet>> = HashMap::new();
+        let addresses = replies.iter().filter_map(|reply| match reply {
+            Message::NewAddress(message) => address_of(message),
+            _ => None,
+        });
+        for (index, address) in addresses {
+            by_link.entry(index).or_default().push(address);
         }
-        Ok(links)
+        for link in links {
+            link.addresses = by_link.remove(&link.index).unwrap_or_default();
+        }
+        Ok(())
     }
 
     /// How many packets the device `name` could not queue for whoever reads them (`tx_dropped`).
@@ -146,19 +181,35 @@ impl Kernel {
     /// # Errors
     /// `ENETUNREACH` when it has no route.
     pub fn path_to(&mut self, destination: IpAddr) -> Result<Path, Error> {
-        let mut message = RouteMessage::default();
-        message.header.address_family = family(destination);
-        message.header.destination_prefix_length = if destination.is_ipv4() { 32 } else { 128 };
-        message.attributes.push(RouteAttribute::Destination(destination.into()));
         let what = || format!("cannot find a route to {destination}");
-        let replies = self
-            .netlink
-            .request(Message::GetRoute(message), 0)
-            .map_err(tried(what()))?;
+        let replies = self.netlink.request(lookup(destination), 0).map_err(tried(what()))?;
         replies
-            .into_iter()
+            .iter()
             .find_map(path_of)
             .ok_or_else(|| tried(what())(io::Error::other("the kernel's answer names no interface")))
+    }
+
+    /// How the kernel would send to each of `destinations`, in order; `None`: it has no route, or one that forbids it.
+    ///
+    /// # Errors
+    /// As the kernel says; not for destinations without a route.
+    pub fn paths(&mut self, destinations: &[IpAddr]) -> Result<Vec<Option<Path>>, Error> {
+        let what = "cannot look up the routes to the other hosts";
+        let answers = self
+            .netlink
+            .batch(destinations.iter().map(|destination| (lookup(*destination), 0)))
+            .map_err(tried(what))?;
+        answers
+            .into_iter()
+            .map(|answer| match answer {
+                Ok(replies) => Ok(replies.iter().find_map(path_of)),
+                Err(refusal) => match refusal.code() {
+                    // No route; or an unreachable, prohibit or blackhole route, in this order.
+                    Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EACCES | libc::EINVAL) => Ok(None),
+                    _ => Err(tried(what)(refusal)),
+                },
+            })
+            .collect()
     }
 
     /// The interface of the IPv4 default route with the lowest metric, if there is one.
@@ -176,7 +227,7 @@ impl Kernel {
                     _ => None,
                 })
             })
-            .and_then(|route| path_of(Message::NewRoute(route))))
+            .and_then(|route| path_of(&Message::NewRoute(route))))
     }
 
     /// Sets the MTU and the transmit queue's length (packets) of a link and brings it up.
@@ -184,15 +235,8 @@ impl Kernel {
     /// # Errors
     /// As the kernel says: `EINVAL` for an MTU that the device cannot have, `EPERM` without `CAP_NET_ADMIN`.
     pub fn bring_up(&mut self, index: u32, mtu: u32, queue_length: u32) -> Result<(), Error> {
-        let mut message = LinkMessage::default();
-        message.header.index = index;
-        message.header.flags = LinkFlags::Up;
-        message.header.change_mask = LinkFlags::Up;
-        message.attributes.push(LinkAttribute::Mtu(mtu));
-        message.attributes.push(LinkAttribute::TxQueueLen(queue_length));
-        self.netlink
-            .request(Message::SetLink(message), 0)
-            .map(drop)
+        let attributes = vec![LinkAttribute::Mtu(mtu), LinkAttribute::TxQueueLen(queue_length)];
+        self.set_link(index, LinkFlags::Up, attributes)
             .map_err(tried(format!("cannot bring interface {index} up with MTU {mtu}")))
     }
 
@@ -201,16 +245,70 @@ impl Kernel {
     /// # Errors
     /// As the kernel says; `EEXIST` when it is there already.
     pub fn add_address(&mut self, index: u32, address: IpNet) -> Result<(), Error> {
-        let mut message = AddressMessage::default();
-        message.header.family = family(address.addr());
-        message.header.prefix_len = address.prefix_len();
-        message.header.index = index;
-        message.attributes.push(AddressAttribute::Local(address.addr()));
-        message.attributes.push(AddressAttribute::Address(address.addr()));
+        let message = Message::NewAddress(address_message(index, address));
         self.netlink
-            .request(Message::NewAddress(message), NLM_F_CREATE | NLM_F_EXCL)
+            .request(message, NLM_F_CREATE | NLM_F_EXCL)
             .map(drop)
             .map_err(tried(format!("cannot add the address {address} to interface {index}")))
+    }
+
+    /// Takes an address off a link; one that is not there, or whose link is not, is taken off already.
+    ///
+    /// # Errors
+    /// As the kernel says.
+    pub fn remove_address(&mut self, index: u32, address: IpNet) -> Result<(), Error> {
+        let message = Message::DelAddress(address_message(index, address));
+        gone_is_done(self.netlink.request(message, 0)).map_err(tried(format!(
+            "cannot take the address {address} off interface {index}"
+        )))
+    }
+
+    /// Removes a link; one that is not there is removed already.
+    ///
+    /// # Errors
+    /// As the kernel says: `EOPNOTSUPP` for hardware.
+    pub fn remove_link(&mut self, index: u32) -> Result<(), Error> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        gone_is_done(self.netlink.request(Message::DelLink(message), 0))
+            .map_err(tried(format!("cannot remove interface {index}")))
+    }
+
+    /// Sets a link's MTU (bytes).
+    ///
+    /// # Errors
+    /// As the kernel says: `EINVAL` for one that the device cannot have.
+    pub fn set_mtu(&mut self, index: u32, mtu: u32) -> Result<(), Error> {
+        self.set_link(index, LinkFlags::empty(), vec![LinkAttribute::Mtu(mtu)])
+            .map_err(tried(format!("cannot set the MTU of interface {index} to {mtu}")))
+    }
+
+    /// Sets a link's Ethernet address.
+    ///
+    /// # Errors
+    /// As the kernel says.
+    pub fn set_mac(&mut self, index: u32, mac: Mac) -> Result<(), Error> {
+        self.set_link(index, LinkFlags::empty(), vec![LinkAttribute::Address(mac.0.to_vec())])
+            .map_err(tried(format!("cannot set the address of interface {index} to {mac}")))
+    }
+
+    /// Brings a link up.
+    ///
+    /// # Errors
+    /// As the kernel says: `EADDRINUSE` for a VXLAN device when something else has its UDP port.
+    pub fn set_up(&mut self, index: u32) -> Result<(), Error> {
+        self.set_link(index, LinkFlags::Up, Vec::new())
+            .map_err(tried(format!("cannot bring interface {index} up")))
+    }
+
+    /// Switches `flags` on and sets `attributes` of a link.
+    fn set_link(&mut self, index: u32, flags: LinkFlags, attributes: Vec<LinkAttribute>) -> Result<(), Refusal> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        message.header.flags = flags;
+        message.header.change_mask = flags;
+        message.attributes = attributes;
+        self.netlink.request(Message::SetLink(message), 0).map(drop)
     }
 
     /// Adds the route `destination dev <link>` to the main table.
@@ -251,21 +349,28 @@ impl Kernel {
             .into_iter()
             .filter(|route| route.header.destination_prefix_length == destination.prefix_len())
             .find(|route| route.attributes.contains(&RouteAttribute::Destination(wanted.clone())))
-            .and_then(|route| path_of(Message::NewRoute(route)))
+            .and_then(|route| path_of(&Message::NewRoute(route)))
             .map(|path| path.link))
     }
 
     fn main_routes(&mut self, family: AddressFamily) -> Result<Vec<RouteMessage>, Error> {
         let mut message = RouteMessage::default();
         message.header.address_family = family;
-        let replies = self
-            .netlink
-            .request(Message::GetRoute(message), NLM_F_DUMP)
-            .map_err(tried("cannot list the routes"))?;
+        // What a kernel before 4.20 does not look at.
+        message.header.table = RouteHeader::RT_TABLE_MAIN;
+        let replies = match self.netlink.dump(Message::GetRoute(message)) {
+            // A namespace has no table before its first route.
+            Err(refusal) if refusal.code() == Some(libc::ENOENT) => Vec::new(),
+            replies => replies.map_err(tried("cannot list the routes"))?,
+        };
         Ok(replies
             .into_iter()
             .filter_map(|reply| match reply {
-                Message::NewRoute(route) if route.header.table == RouteHeader::RT_TABLE_MAIN => Some(route),
+                Message::NewRoute(route)
+                    if route.header.table == RouteHeader::RT_TABLE_MAIN && route.header.address_family == family =>
+                {
+                    Some(route)
+                }
                 _ => None,
             })
             .collect())
@@ -289,11 +394,41 @@ impl Link {
     }
 }
 
-fn tried(what: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
-    move |source| Error {
-        what: what.into(),
-        source,
+fn tried<E: Into<Refusal>>(what: impl Into<String>) -> impl FnOnce(E) -> Error {
+    move |refusal| {
+        let Refusal { error, reason } = refusal.into();
+        Error {
+            what: what.into(),
+            source: error,
+            reason,
+        }
     }
+}
+
+/// Success, also when what was to be removed is not there: `ESRCH` of routes, `ENOENT` of neighbours and forwarding entries,
+/// `EADDRNOTAVAIL` of addresses, `ENODEV` and `ENXIO` when the link is gone with all that was on it.
+fn gone_is_done(answer: Answer) -> Result<(), Refusal> {
+    match answer {
+        Err(refusal)
+            if matches!(
+                refusal.code(),
+                Some(libc::ESRCH | libc::ENOENT | libc::EADDRNOTAVAIL | libc::ENODEV | libc::ENXIO)
+            ) =>
+        {
+            Ok(())
+        }
+        answer => answer.map(drop),
+    }
+}
+
+fn address_message(index: u32, address: IpNet) -> AddressMessage {
+    let mut message = AddressMessage::default();
+    message.header.family = family(address.addr());
+    message.header.prefix_len = address.prefix_len();
+    message.header.index = index;
+    message.attributes.push(AddressAttribute::Local(address.addr()));
+    message.attributes.push(AddressAttribute::Address(address.addr()));
+    message
 }
 
 fn family(address: IpAddr) -> AddressFamily {
@@ -304,10 +439,16 @@ fn family(address: IpAddr) -> AddressFamily {
     }
 }
 
-fn link_of(message: Message) -> Option<Link> {
-    let Message::NewLink(message) = message else {
-        return None;
-    };
+/// Asks for the route to one address.
+fn lookup(destination: IpAddr) -> Message {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family(destination);
+    message.header.destination_prefix_length = if destination.is_ipv4() { 32 } else { 128 };
+    message.attributes.push(RouteAttribute::Destination(destination.into()));
+    Message::GetRoute(message)
+}
+
+fn link_of(message: &LinkMessage) -> Link {
     let flags = message.header.flags;
     let mut link = Link {
         index: message.header.index,
@@ -315,22 +456,23 @@ fn link_of(message: Message) -> Option<Link> {
         mtu: 0,
         up: flags.contains(LinkFlags::Up),
         loopback: flags.contains(LinkFlags::Loopback),
+        mac: None,
         addresses: Vec::new(),
     };
-    for attribute in message.attributes {
+    for attribute in &message.attributes {
         match attribute {
-            LinkAttribute::IfName(name) => link.name = name,
-            LinkAttribute::Mtu(mtu) => link.mtu = mtu,
+            LinkAttribute::IfName(name) => link.name.clone_from(name),
+            LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::Address(address) if message.header.link_layer_type == LinkLayerType::Ether => {
+                link.mac = Mac::of(address);
+            }
             _ => {}
         }
     }
-    Some(link)
+    link
 }
 
-fn address_of(message: Message) -> Option<(u32, IpNet)> {
-    let Message::NewAddress(message) = message else {
-        return None;
-    };
+fn address_of(message: &AddressMessage) -> Option<(u32, IpNet)> {
     // IFA_LOCAL is this end's address of a point-to-point link, where IFA_ADDRESS is the other end's; IPv6 has only the
     // latter unless there is a peer (if_addr.h).
     let mut address = None;
@@ -345,23 +487,20 @@ fn address_of(message: Message) -> Option<(u32, IpNet)> {
     Some((message.header.index, net))
 }
 
-fn path_of(message: Message) -> Option<Path> {
+fn path_of(message: &Message) -> Option<Path> {
     let Message::NewRoute(message) = message else {
         return None;
     };
-    let mut link = None;
-    let mut source = None;
-    for attribute in message.attributes {
-        match attribute {
-            RouteAttribute::Oif(index) => link = Some(index),
-            RouteAttribute::PrefSource(RouteAddress::Inet(address)) => source = Some(IpAddr::V4(address)),
-            RouteAttribute::PrefSource(RouteAddress::Inet6(address)) => source = Some(IpAddr::V6(address)),
-            // Several next hops: the first stands for all.
-            RouteAttribute::MultiPath(hops) => link = link.or(hops.first().map(|hop| hop.interface_index)),
-            _ => {}
-        }
-    }
-    Some(Path { link: link?, source })
+    let source = message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::PrefSource(address) => entries::ip_of(address),
+        _ => None,
+    });
+    let hop = entries::first_hop(message)?;
+    Some(Path {
+        link: hop.link,
+        gateway: hop.via,
+        source,
+    })
 }
 
 #[cfg(test)]
