@@ -1,7 +1,8 @@
 //! The run: from the network's configuration to packets that flow, and back down again.
 //!
 //! In this order, as the original: choose the external interface, wait for the configuration, claim the PublicIP and take the
-//! lease, set up the backend's device, serve the first picture of the peers, write the subnet file, say that we are ready;
+//! lease, set up the backend's device, put the traffic rules in place and serve the first picture of the peers, write the subnet
+//! file, say that we are ready;
 //! then follow the leases until a signal comes, this host's lease is gone, or another host has its PublicIP. SIGTERM and
 //! SIGINT end it at any point.
 
@@ -18,7 +19,7 @@ use std::{
 use sd_notify::NotifyState;
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::{mpsc, watch},
+    sync::{mpsc, oneshot, watch},
     time::{sleep, timeout},
 };
 use tracing::{info, warn};
@@ -39,6 +40,7 @@ use crate::{
     network::{self, LoadError, Network},
     observe::{board::Board, health, outage::Outage, registry::Observed, socket},
     registry::Registry,
+    rules::{self, Keeper, Mechanism},
     subnet_file::{Previous, Share, SubnetFile, WriteError},
 };
 
@@ -62,6 +64,8 @@ pub struct Settings {
     pub health: Option<SocketAddr>,
     /// Where `flanneld status` asks.
     pub status_socket: PathBuf,
+    /// Which traffic rules to keep.
+    pub rules: rules::Options,
     /// For the `udp` backend.
     pub udp: udp::Options,
 }
@@ -96,6 +100,9 @@ pub enum Error {
     /// The backend does not work.
     #[error(transparent)]
     Backend(#[from] backend::Error),
+    /// No traffic rules.
+    #[error(transparent)]
+    Rules(#[from] rules::Error),
     /// A worker of the engine has stopped.
     #[error("the packet engine has failed: {0}")]
     Engine(String),
@@ -166,6 +173,7 @@ async fn serve(settings: &Settings, board: &Board, presence: &mut Option<Presenc
     board.waiting_for("the network's configuration");
     let network = configuration(registry).await?;
     warn_of_overlap(&network, &external);
+    let mechanism = Mechanism::choose(&settings.rules, &network).await?;
     let (failures, mut failed) = mpsc::unbounded_channel();
     let mut backend = backend_of(&network, &external, settings, failures)?;
     board.waiting_for("this host's PublicIP to be free");
@@ -186,7 +194,11 @@ async fn serve(settings: &Settings, board: &Board, presence: &mut Option<Presenc
     let (publish, mut peers) = watch::channel(None);
     let mut watching = pin!(lease_watch::watch(registry, &own.lease, &publish));
     let mut keeping = pin!(keep_lease(registry, &own, settings.renew_margin, board));
-    let mut ready = false;
+    let (in_place, mut rules_in_place) = oneshot::channel();
+    let rules = Keeper::new(settings.rules, mechanism, &network, &own.lease.subnets);
+    let mut ruling = pin!(rules.keep(in_place));
+    // What is still to be done before packets may come: the rules, and the first picture of the peers.
+    let (mut ruled, mut peers_known, mut ready) = (false, None, false);
     loop {
         tokio::select! {
             Some(reason) = failed.recv() => return Err(Error::Engine(reason)),
@@ -198,14 +210,17 @@ async fn serve(settings: &Settings, board: &Board, presence: &mut Option<Presenc
                 let Some(latest) = latest else { continue };
                 backend.apply(&latest)?;
                 board.peers(Arc::clone(&latest));
-                if !ready {
-                    ready = true;
-                    write_subnet_file(settings, &network, &own, backend.mtu())?;
-                    board.ready();
-                    tell_supervisor(NotifyState::Ready);
-                    info!("ready: subnet {}, {} peer(s)", own.lease.subnets.to_cidrs(), latest.len());
-                }
+                peers_known = Some(latest.len());
             }
+            Ok(()) = &mut rules_in_place, if !ruled => ruled = true,
+            never = &mut ruling => match never {},
+        }
+        if let (false, true, Some(peers)) = (ready, ruled, peers_known) {
+            ready = true;
+            write_subnet_file(settings, &network, &own, backend.mtu())?;
+            board.ready();
+            tell_supervisor(NotifyState::Ready);
+            info!("ready: subnet {}, {peers} peer(s)", own.lease.subnets.to_cidrs());
         }
     }
 }
@@ -364,8 +379,7 @@ fn write_subnet_file(settings: &Settings, network: &Network, own: &Own, mtu: u32
             subnet,
         }),
         mtu,
-        // This version installs no masquerade rules: Docker is to do it.
-        ip_masq: false,
+        ip_masq: settings.rules.masquerade,
     };
     file.write_atomically(&settings.subnet_file)?;
     info!("wrote {}", settings.subnet_file.display());

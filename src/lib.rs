@@ -9,6 +9,7 @@
 //! | [`lab`] | hosts and containers as network namespaces, for the demo and the tests |
 //! | [`daemon`] | the run: wires the rest together, and takes it down in order |
 //! | [`backend`] | the desired peers become state: [`backend::udp`] |
+//! | [`rules`] | masquerade and forward rules, by iptables or nftables |
 //! | [`lease`] | choosing, taking, keeping and watching subnets |
 //! | [`registry`] | where configuration and leases are kept: etcd, a directory, memory |
 //! | [`network`], [`subnet_file`] | the network's configuration; what Docker reads |
@@ -40,5 +41,6 @@ pub mod offload;
 pub mod packet;
 pub mod registry;
 pub mod route_table;
+pub mod rules;
 pub mod subnet_file;
 pub mod sys;

@@ -134,13 +134,8 @@ impl Previous {
     /// last of several equal names counts.
     pub fn parse(text: &str) -> Self {
         let mut previous = Previous::default();
-        for line in text.lines() {
-            let line = line.trim();
-            let Some((name, value)) = line.strip_prefix("export ").unwrap_or(line).split_once('=') else {
-                continue;
-            };
-            let value = unquoted(value.trim());
-            match name.trim() {
+        for (name, value) in variables(text) {
+            match name {
                 "FLANNEL_NETWORK" => previous.network = block(value),
                 "FLANNEL_SUBNET" => previous.subnet = block(value),
                 "FLANNEL_IPV6_NETWORK" => previous.ipv6_network = block(value),
@@ -162,6 +157,15 @@ impl Previous {
             Err(error) => Err(error),
         }
     }
+}
+
+/// The variables that a file of them sets, in its order, each with its value; lines that set none are left out.
+pub(crate) fn variables(text: &str) -> impl Iterator<Item = (&str, &str)> {
+    text.lines().filter_map(|line| {
+        let line = line.trim();
+        let (name, value) = line.strip_prefix("export ").unwrap_or(line).split_once('=')?;
+        Some((name.trim(), unquoted(value.trim())))
+    })
 }
 
 fn unquoted(value: &str) -> &str {

@@ -55,6 +55,10 @@ pub(super) fn rewrite(command: &Command, args: impl IntoIterator<Item = OsString
                     rewritten.push(format!("--{name}").into());
                 }
             }
+            // `-icf FILE`: flags that are only short ones, as of a script, stand together.
+            (None, _) if dashes == 1 && commands.last().is_some_and(|command| begins_short(command, name)) => {
+                rewritten.push(arg);
+            }
             // Two dashes get a misspelt flag a message with the one that was meant; `-h` is clap's own.
             (None, _) if dashes == 1 && name.len() > 1 => rewritten.push(format!("-{}", arg.to_string_lossy()).into()),
             (None, _) => rewritten.push(arg),
@@ -81,6 +85,12 @@ fn split(arg: &str) -> Option<(usize, &str, Option<&str>)> {
 
 fn takes_a_word(arg: &Arg) -> bool {
     arg.get_action().takes_values() && !arg.is_require_equals_set()
+}
+
+/// Whether the name begins with a flag that has no long form.
+fn begins_short(command: &Command, name: &str) -> bool {
+    let mut arguments = command.get_arguments();
+    arguments.any(|arg| arg.get_long().is_none() && arg.get_short() == name.chars().next())
 }
 
 fn joined(name: &str, value: &OsStr) -> OsString {
@@ -124,6 +134,11 @@ mod tests {
             .arg(value("etcd-endpoints"))
             .arg(value("v").short('v'))
             .arg(boolean("ip-masq"))
+            .subcommand(
+                Command::new("docker-opts")
+                    .arg(Arg::new("file").short('f'))
+                    .arg(Arg::new("individual").short('i').action(ArgAction::SetTrue)),
+            )
             .subcommand(
                 Command::new("network").subcommand(
                     Command::new("set")
@@ -170,6 +185,19 @@ mod tests {
     fn a_boolean_does_not_take_the_next_word() {
         check("-ip-masq network", "--ip-masq network");
         check("-ip-masq=false -v 1", "--ip-masq=false --v=1");
+    }
+
+    #[test]
+    fn short_flags_of_a_subcommand_stand_alone_or_together() {
+        for line in ["docker-opts -i -f /x", "docker-opts -if /x", "docker-opts -f/x -i"] {
+            check(line, line);
+        }
+        check("docker-opts -ignored", "docker-opts -ignored");
+        check(
+            "docker-opts -etcd-endpoints x -v 3",
+            "docker-opts --etcd-endpoints=x --v=3",
+        );
+        check("-if network", "--if network");
     }
 
     #[test]

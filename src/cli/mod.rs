@@ -3,9 +3,11 @@
 //! [`parse`] gives an [`Invocation`] of plain, typed values; what is not one of those has ended in a message already.
 
 pub mod demo;
+pub mod docker_opts;
 mod go_flags;
 pub mod leases;
 pub mod network;
+pub mod pages;
 mod registry_args;
 mod run_args;
 pub mod status;
@@ -27,8 +29,10 @@ use clap::{
 use tracing::warn;
 
 pub use self::{
+    docker_opts::DockerOptsArgs,
     leases::LeasesArgs,
     network::NetworkArgs,
+    pages::{CompletionsArgs, ManArgs},
     registry_args::{OpenError, RegistryArgs, Secret},
     run_args::{RunArgs, Workers},
     status::StatusArgs,
@@ -88,6 +92,14 @@ pub enum Action {
     Status(StatusArgs),
     /// Build a network of several hosts on this machine and try it out
     Demo(DemoArgs),
+    /// Write Docker's options from the subnet file, as mk-docker-opts.sh
+    DockerOpts(DockerOptsArgs),
+    /// Write the manual, for packages
+    #[command(hide = true)]
+    Man(ManArgs),
+    /// Write a shell's completions, for packages
+    #[command(hide = true)]
+    Completions(CompletionsArgs),
 }
 
 /// `flanneld demo`.
@@ -181,6 +193,9 @@ pub fn execute(invocation: Invocation) -> ExitCode {
             return demo::run(&args).map_or_else(|error| failed(&error, error.exit_code()), |()| ExitCode::SUCCESS);
         }
         Action::Status(args) => status::run(&args, &mut io::stdout()).map_err(Into::into),
+        Action::DockerOpts(args) => docker_opts::run(&args).map_err(AnyError::from),
+        Action::Man(args) => pages::man(&args, command(), &mut io::stdout()).map_err(AnyError::from),
+        Action::Completions(args) => pages::completions(&args, command(), &mut io::stdout()).map_err(AnyError::from),
         Action::Run(args) => with_registry(invocation.registry, async |registry| {
             for flag in args.without_effect() {
                 warn!("this version does not act on {flag}");
@@ -239,6 +254,7 @@ mod tests {
     use crate::{
         backend::udp::{IoMode, Options, TunMode},
         registry::memory::MemoryRegistry,
+        rules,
     };
 
     fn invocation(line: &str) -> Result<Invocation, clap::Error> {
@@ -374,6 +390,26 @@ mod tests {
         } = options("-workers 2 -no-offload -tun plain -io mmsg -pin -busy-poll 20");
         assert_eq!((workers.unwrap().get(), offload, tun), (2, false, TunMode::Plain));
         assert_eq!((io, pin, busy_poll), (IoMode::Mmsg, true, Duration::from_micros(20)));
+    }
+
+    #[test]
+    fn the_rules_are_those_that_the_flags_ask_for() {
+        let options = |line| run(line).settings(Arc::new(MemoryRegistry::new())).rules;
+        let defaults = rules::Options {
+            masquerade: false,
+            fully_random: true,
+            forward: true,
+            resync: Duration::from_secs(5),
+        };
+        assert_eq!(options(""), defaults);
+        let chosen = rules::Options {
+            masquerade: true,
+            fully_random: false,
+            forward: false,
+            resync: Duration::from_secs(60),
+        };
+        let line = "-ip-masq -ip-masq-fully-random-disable -iptables-forward-rules=false -iptables-resync 60";
+        assert_eq!(options(line), chosen);
     }
 
     #[test]

@@ -21,6 +21,7 @@ use crate::{
     kernel::external::Wish,
     observe::socket,
     registry::Registry,
+    rules,
 };
 
 /// The longest life of a lease in minutes: a day, of which the margin must leave something.
@@ -29,8 +30,7 @@ const LEASE_MINUTES: u64 = 24 * 60;
 /// More workers than this only take turns: a host has fewer queues on its network card.
 const MOST_WORKERS: usize = 64;
 
-/// What the original does with iptables and routes, and this version does not yet.
-const RULES: &str = "Traffic rules (accepted as the original's; this version installs none)";
+const RULES: &str = "Traffic rules (by iptables; by nftables when the network has EnableNFTables)";
 
 const INTERFACE: &str = "Interface (default: the one of the default route)";
 
@@ -286,6 +286,12 @@ impl RunArgs {
             subnet_file: self.subnet_file,
             renew_margin: self.subnet_lease_renew_margin,
             health: (self.healthz_port != 0).then(|| SocketAddr::new(self.healthz_ip, self.healthz_port)),
+            rules: rules::Options {
+                masquerade: self.ip_masq,
+                fully_random: !self.ip_masq_fully_random_disable,
+                forward: self.iptables_forward_rules,
+                resync: self.iptables_resync,
+            },
             udp: udp::Options {
                 workers: self.workers,
                 offload: self.offload,
@@ -320,13 +326,7 @@ impl RunArgs {
 
     /// The flags that are given and that this version accepts but does not act on.
     pub fn without_effect(&self) -> Vec<&'static str> {
-        let flags = [
-            (
-                self.ip_masq,
-                "--ip-masq (FLANNEL_IPMASQ stays false, so that Docker masquerades)",
-            ),
-            (self.ip_blackhole_route, "--ip-blackhole-route"),
-        ];
+        let flags = [(self.ip_blackhole_route, "--ip-blackhole-route")];
         flags
             .into_iter()
             .filter_map(|(given, flag)| given.then_some(flag))

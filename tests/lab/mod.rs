@@ -127,6 +127,8 @@ pub(crate) struct Daemon {
     flags: Vec<String>,
     /// Whether the kernel refuses io_uring to it.
     without_io_uring: bool,
+    /// A program that runs it, with its arguments.
+    under: Vec<String>,
     runs: usize,
     process: Option<Process>,
     /// Where `sd_notify` of the run under way arrives.
@@ -152,6 +154,7 @@ impl Daemon {
             dir: lab.dir().to_owned(),
             flags,
             without_io_uring: false,
+            under: Vec::new(),
             runs: 0,
             process: None,
             notify: None,
@@ -170,6 +173,12 @@ impl Daemon {
         self
     }
 
+    /// Run by a program that becomes it in the end, such as `env` or `setpriv`, with these arguments.
+    pub(crate) fn under(mut self, program: &[&str]) -> Daemon {
+        self.under = program.iter().map(|&word| word.to_owned()).collect();
+        self
+    }
+
     /// Starts it, again if it has run before.
     pub(crate) fn start(&mut self) {
         assert!(self.process.is_none(), "{} runs already", self.name);
@@ -178,7 +187,15 @@ impl Daemon {
         let notify = UnixDatagram::bind(&socket).unwrap();
         // Short, since between two messages it is looked whether the daemon still runs.
         notify.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
-        let mut command = flanneld(&self.ns);
+        let mut command = match self.under.split_first() {
+            Some((program, arguments)) => {
+                let mut command = self.ns.command(program);
+                command.args(arguments).arg(FLANNELD);
+                command
+            }
+            None => self.ns.command(FLANNELD),
+        };
+        lab::without_daemon_env(&mut command);
         command.args(&self.flags).env("NOTIFY_SOCKET", socket);
         if self.without_io_uring {
             seccomp::refuse_io_uring(&mut command);
