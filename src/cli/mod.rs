@@ -4,6 +4,7 @@
 
 pub mod demo;
 pub mod docker_opts;
+pub mod doctor;
 mod go_flags;
 pub mod leases;
 pub mod network;
@@ -30,6 +31,7 @@ use tracing::warn;
 
 pub use self::{
     docker_opts::DockerOptsArgs,
+    doctor::DoctorArgs,
     leases::LeasesArgs,
     network::NetworkArgs,
     pages::{CompletionsArgs, ManArgs},
@@ -90,6 +92,8 @@ pub enum Action {
     Leases(LeasesArgs),
     /// Show what this host's daemon is doing
     Status(StatusArgs),
+    /// Find what is wrong on this host, and what to do about it
+    Doctor(DoctorArgs),
     /// Build a network of several hosts on this machine and try it out
     Demo(DemoArgs),
     /// Write Docker's options from the subnet file, as mk-docker-opts.sh
@@ -191,6 +195,10 @@ pub fn execute(invocation: Invocation) -> ExitCode {
         // Blocks, and starts processes that die with its thread: no runtime.
         Action::Demo(args) => {
             return demo::run(&args).map_or_else(|error| failed(&error, error.exit_code()), |()| ExitCode::SUCCESS);
+        }
+        Action::Doctor(args) => {
+            let wrong = doctor::run(&args, &invocation.registry, &mut io::stdout());
+            return wrong.map_or_else(|error| failed(&error, 1), |wrong| ExitCode::from(u8::from(wrong)));
         }
         Action::Status(args) => status::run(&args, &mut io::stdout()).map_err(Into::into),
         Action::DockerOpts(args) => docker_opts::run(&args).map_err(AnyError::from),
