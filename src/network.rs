@@ -428,7 +428,7 @@ impl LoadError {
         match self {
             LoadError::Missing { key, registry, similar } => Some(write_it(key, registry, similar)),
             LoadError::Invalid { .. } => Some(
-                "show it with `flanneld network show`, and write a right one with `flanneld network set`; then restart flanneld \
+                "show it with `flanneld network get`, and write a right one with `flanneld network set`; then restart flanneld \
                  on all hosts"
                     .to_owned(),
             ),

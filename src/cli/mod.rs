@@ -242,16 +242,19 @@ fn failed(error: &dyn std::error::Error, code: u8) -> ExitCode {
 
 /// The whole of the command line, for [`parse`] and for manual pages.
 pub fn command() -> Command {
-    Cli::command().mut_args(|arg| {
-        // An empty variable is an unset one, as in the original: service files are full of `FLANNELD_IFACE=`.
-        let empty = arg
-            .get_env()
-            .and_then(env::var_os)
-            .is_some_and(|value| value.is_empty());
-        let arg = if empty { arg.env(None::<&'static str>) } else { arg };
+    Cli::command()
         // The help says once how they are named.
-        go_flags::as_go_boolean(arg.hide_env(true))
-    })
+        .mut_args(|arg| go_flags::as_go_boolean(without_empty_env(arg).hide_env(true)))
+        .mut_subcommands(|subcommand| subcommand.mut_args(without_empty_env))
+}
+
+/// An empty variable is an unset one, as in the original: service files are full of `FLANNELD_IFACE=`.
+fn without_empty_env(arg: Arg) -> Arg {
+    let empty = arg
+        .get_env()
+        .and_then(env::var_os)
+        .is_some_and(|value| value.is_empty());
+    if empty { arg.env(None::<&'static str>) } else { arg }
 }
 
 #[cfg(test)]

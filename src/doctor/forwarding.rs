@@ -225,10 +225,7 @@ fn forward(own: &Own, rules: &Rules, bridge: Option<&Link>) -> Check {
     };
     // `ends` has looked for both.
     let network = own.network.map_or(String::new(), |network| network.to_string());
-    let remedy = format!(
-        "let flanneld keep its rules (--iptables-forward-rules=true, the default) and restart it: `systemctl restart flanneld`; \
-         by hand: `iptables -I FORWARD -s {network} -j ACCEPT; iptables -I FORWARD -d {network} -j ACCEPT`"
-    );
+    let by_hand = format!("`iptables -I FORWARD -s {network} -j ACCEPT; iptables -I FORWARD -d {network} -j ACCEPT`");
     for (variant, table) in rules.tables("filter") {
         for ((from, input), (to, output)) in [(here, there), (there, here)] {
             let packet = Packet {
@@ -250,9 +247,12 @@ fn forward(own: &Own, rules: &Rules, bridge: Option<&Link>) -> Check {
                 Some(rule) => format!("a rule of {variant} drops {dropped}: `{rule}`"),
             };
             let remedy = match &rule {
-                None => remedy,
+                None => format!(
+                    "let flanneld keep its rules (--iptables-forward-rules=true, the default) and restart it: `systemctl restart \
+                     flanneld`; by hand: {by_hand}"
+                ),
                 Some(rule) => format!(
-                    "`iptables {}`, or a rule before it; {remedy}",
+                    "`iptables {}`, or accept the overlay's packets before it: {by_hand}",
                     rule.replacen("-A", "-D", 1)
                 ),
             };

@@ -24,7 +24,11 @@ pub(super) fn judge(
         .and_then(|status| status.lease.as_ref()?.seconds_left);
     match registry.leases() {
         Some(leases) => checks.push(lease(own, leases, left)),
-        None => checks.push(Check::unseen(Group::Lease, "lease", "the registry does not say")),
+        None => checks.push(Check::unseen(
+            Group::Lease,
+            "lease",
+            "the registry does not say whose subnets are whose",
+        )),
     }
     if let Some(public_ip) = own.public_ip {
         checks.push(match registry.holder(public_ip) {

@@ -37,14 +37,14 @@ use crate::{
         vxlan::VxlanLink,
     },
     lease::record::Lease,
-    network::{Backend, BackendKind, UDP_PORT, VXLAN_PORT},
+    network::{Backend, BackendKind, Network, UDP_PORT, VXLAN_PORT},
     observe::{socket, status::Status},
     registry::{Registry, etcd::EtcdConfig},
     subnet_file::{Previous, variables},
 };
 
 /// How long the daemon may take to tell its status, and other programs to list their rules: all is on this machine.
-const LOCAL_PATIENCE: Duration = Duration::from_secs(2);
+const LOCAL_PATIENCE: Duration = Duration::from_secs(3);
 
 /// How a check came out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -284,12 +284,16 @@ impl Own {
         let kind = running
             .and_then(|backend| backend.kind.parse().ok())
             .or_else(|| Some(network?.backend().kind()));
-        let (vni, port) = match (kind, network.map(|network| network.backend())) {
-            (_, Some(Backend::Vxlan(vxlan))) => (Some(vxlan.vni.get()), Some(vxlan.port)),
-            (_, Some(Backend::Udp(udp))) => (None, Some(udp.port)),
-            (Some(BackendKind::Udp), _) => (None, Some(UDP_PORT)),
-            (Some(BackendKind::Vxlan), _) => (None, Some(VXLAN_PORT)),
-            _ => (None, None),
+        // A daemon may still run with what the configuration was before.
+        let configured = network
+            .map(Network::backend)
+            .filter(|backend| Some(backend.kind()) == kind);
+        let (vni, port) = match (configured, kind) {
+            (Some(Backend::Vxlan(vxlan)), _) => (Some(vxlan.vni.get()), Some(vxlan.port)),
+            (Some(Backend::Udp(udp)), _) => (None, Some(udp.port)),
+            (None, Some(BackendKind::Udp)) => (None, Some(UDP_PORT)),
+            (None, Some(BackendKind::Vxlan)) => (None, Some(VXLAN_PORT)),
+            (Some(Backend::HostGw), _) | (None, _) => (None, None),
         };
         let device = picture.and_then(|picture| {
             let named = running.and_then(|backend| backend.device.as_deref());

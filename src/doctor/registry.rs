@@ -27,7 +27,7 @@ use crate::{
 const CONNECT_PATIENCE: Duration = Duration::from_millis(3_300);
 
 /// How long a server that accepts connections may take to answer all that is asked.
-const ANSWER_PATIENCE: Duration = Duration::from_secs(2);
+const ANSWER_PATIENCE: Duration = Duration::from_secs(3);
 
 /// What became of a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -106,8 +106,14 @@ impl Facts {
         Some(&answers.configuration.as_ref().ok()?.network)
     }
 
+    /// All leases of the network; `None`: not known, as without a configuration, where there are none because the prefix is
+    /// another one.
     pub(super) fn leases(&self) -> Option<&[Lease]> {
-        self.answers.as_ref().ok()?.leases.as_deref().ok()
+        let answers = self.answers.as_ref().ok()?;
+        match answers.configuration {
+            Err(LoadError::Missing { .. }) => None,
+            _ => answers.leases.as_deref().ok(),
+        }
     }
 
     /// Who claims the address; `Err`: the registry does not say.
