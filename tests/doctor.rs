@@ -103,7 +103,7 @@ fn diagnose(overlay: &Overlay, host: usize) -> Diagnosis {
 
 /// Runs a shell line in the namespace; it must succeed.
 fn sh(ns: &Namespace, line: &str) {
-    run(ns.command("sh").args(["-c", line])).unwrap();
+    run(ns.command("sh").args(["-ec", line])).unwrap();
 }
 
 /// Waits until the doctor of the first host finds nothing wrong: the hosts may not know of each other yet.
@@ -170,7 +170,7 @@ fn what_is_wrong_with_device_rules_and_docker_is_found() {
             "nft delete table inet fw",
         ),
         (
-            "ip link add stray type dummy; ip link set stray up; ip route add 192.168.77.2/32 dev stray; \
+            "ip link add stray type bridge; ip link set stray up; ip route add 192.168.77.2/32 dev stray; \
              sysctl -qw net.ipv4.conf.eth0.rp_filter=1",
             "forwarding/rp-filter",
             "the way back to 192.168.77.2 leaves by stray",
