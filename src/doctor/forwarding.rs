@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     kernel::{Kernel, Link, external::External},
+    network::BackendKind,
     rules::look,
 };
 
@@ -214,7 +215,12 @@ pub(super) fn ends<'a>(own: &'a Own, bridge: Option<&'a Link>) -> Option<[(Ipv4A
         last
     };
     let here = bridge.map_or("docker0", |bridge| bridge.name.as_str());
-    let there = own.device.as_ref().map_or("flannel0", |device| device.name.as_str());
+    let there = match own.kind {
+        // It has no device of its own.
+        Some(BackendKind::HostGw) => own.outward.as_deref(),
+        _ => own.device.as_ref().map(|device| device.name.as_str()),
+    };
+    let there = there.unwrap_or("flannel0");
     Some([(container, here), (elsewhere, there)])
 }
 
@@ -422,6 +428,17 @@ pub(super) mod tests {
                 .unwrap()
                 .starts_with("`iptables -D FORWARD ! -i docker0 -o docker0 -j DROP`")
         );
+    }
+
+    #[test]
+    fn without_a_device_the_overlay_is_the_interface_to_the_other_hosts() {
+        let own = Own {
+            kind: Some(BackendKind::HostGw),
+            outward: Some("eth1".to_owned()),
+            ..own()
+        };
+        let rules = filter(&format!("-A FORWARD -i eth1 -j DROP\n{OURS}"));
+        assert_eq!(forward(&own, &rules, None).state, State::Fail);
     }
 
     #[test]

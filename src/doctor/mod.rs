@@ -255,6 +255,8 @@ struct Own {
     port: Option<u16>,
     /// The overlay's device.
     device: Option<Link>,
+    /// The name of the interface to the other hosts.
+    outward: Option<String>,
 }
 
 impl Own {
@@ -311,6 +313,7 @@ impl Own {
             vni,
             port,
             device,
+            outward: external.map(|external| external.name.clone()),
         }
     }
 }
