@@ -3,7 +3,7 @@
 //! For each group of checks there is a file with two halves. *Looking* does I/O (registry, netlink, `/proc/sys`, the daemon's
 //! status, other programs' rules, probes), within limits of its own, and gives facts; what could not be looked at is a fact, too.
 //! *Judging* makes checks of facts, and is pure. It works with the daemon running or not, and with the registry up or down: what
-//! one source does not tell, another may ([`Own`]).
+//! one source does not tell, another may.
 //!
 //! IPv4 only: with dual-stack networks the IPv6 side is not examined.
 
