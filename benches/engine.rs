@@ -5,6 +5,7 @@
 use std::{
     io::{Read, Write},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -84,7 +85,7 @@ impl Member {
     }
 
     fn meet(&mut self, other: &Lease) {
-        let peers = PeerSet::from([(other.subnets, other.clone())]);
+        let peers = PeerSet::from([(other.subnets, Arc::new(other.clone()))]);
         self.backend.apply(&peers).unwrap();
     }
 

@@ -2,16 +2,19 @@
 //!
 //! In this order, as the original: choose the external interface, wait for the configuration, claim the PublicIP and take the
 //! lease, set up the backend's device, put the traffic rules in place and serve the first picture of the peers, write the subnet
-//! file, say that we are ready;
-//! then follow the leases until a signal comes, this host's lease is gone, or another host has its PublicIP. SIGTERM and
-//! SIGINT end it at any point.
+//! file, say that we are ready; then follow the leases, the kernel and the external interface until a signal comes, this
+//! host's lease is gone, or another host has its PublicIP. SIGTERM and SIGINT end it at any point.
+
+mod blackhole;
+mod pace;
 
 use std::{
+    cell::RefCell,
     future::pending,
     io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     path::PathBuf,
-    pin::pin,
+    pin::{Pin, pin},
     sync::Arc,
     time::Duration,
 };
@@ -20,29 +23,34 @@ use sd_notify::NotifyState;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, oneshot, watch},
-    time::{sleep, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 use tracing::{info, warn};
 
 use crate::{
-    backend::{self, Backend, udp},
+    backend::{self, Backend, Overlays, host_gw::HostGw, leftovers, udp, vxlan::Vxlan},
     kernel::{
         self, Kernel,
         external::{self, External, Wish},
+        monitor::{Change, Monitor},
     },
     lease::{
         acquire::{self, AcquireError, Own},
         keep,
         presence::{ClaimError, Presence},
-        record::LeaseValue,
-        watch::{self as lease_watch, PeerSet, Revoked},
+        record::{Lease, LeaseValue},
+        republish::republish,
+        watch::{self as lease_watch, OwnAddresses, PeerSet, Revoked},
     },
-    network::{self, LoadError, Network},
+    network::{self, BackendKind, LoadError, Network},
     observe::{board::Board, health, outage::Outage, registry::Observed, socket},
-    registry::Registry,
+    registry::{Registry, TtlId},
     rules::{self, Keeper, Mechanism},
     subnet_file::{Previous, Share, SubnetFile, WriteError},
 };
+
+use blackhole::Blackhole;
+use pace::{Look, Pace};
 
 /// How long a stopping daemon waits for the registry to take its claim back.
 const LEAVE: Duration = Duration::from_secs(2);
@@ -64,6 +72,8 @@ pub struct Settings {
     pub health: Option<SocketAddr>,
     /// Where `flanneld status` asks.
     pub status_socket: PathBuf,
+    /// Whether what no container has is dropped.
+    pub blackhole_route: bool,
     /// Which traffic rules to keep.
     pub rules: rules::Options,
     /// For the `udp` backend.
@@ -88,15 +98,6 @@ pub enum Error {
     /// No lease.
     #[error(transparent)]
     Acquire(#[from] AcquireError),
-    /// The backend of the configuration is not in this build.
-    #[error(
-        "the network's Backend.Type is {0}, which this version does not carry yet; it carries: udp. Set it with \
-         `flanneld network set`"
-    )]
-    NoBackend(network::BackendKind),
-    /// IPv4 is switched off.
-    #[error("the network has EnableIPv4 false: the udp backend needs an IPv4 network")]
-    NoIpv4,
     /// The backend does not work.
     #[error(transparent)]
     Backend(#[from] backend::Error),
@@ -118,12 +119,16 @@ pub enum Error {
     /// The kernel does not answer.
     #[error(transparent)]
     Kernel(#[from] kernel::Error),
+    /// The kernel does not tell what changes.
+    #[error("cannot listen to what changes in the kernel")]
+    Monitor(#[source] io::Error),
     /// No signals to be had.
     #[error("cannot wait for signals")]
     Signal(#[source] io::Error),
 }
 
-/// Runs until SIGTERM or SIGINT (`Ok`), or until it cannot go on. The device is gone when this returns.
+/// Runs until SIGTERM or SIGINT (`Ok`), or until it cannot go on. The `udp` backend's device is gone when this returns; what the
+/// kernel carries packets by stays, so that a restart breaks no flow.
 ///
 /// # Errors
 /// What the daemon cannot mend by waiting. An unreachable registry or a missing configuration is not among them.
@@ -132,15 +137,16 @@ pub async fn run(mut settings: Settings) -> Result<(), Error> {
     settings.registry = Arc::new(Observed::new(settings.registry, board.clone()));
     let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signal)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signal)?;
-    let mut presence = None;
+    let presence = PresenceSlot::default();
     // Whatever `serve` holds (the engine, and with it the device) is dropped when it ends or is abandoned here.
     let outcome = tokio::select! {
         _ = terminate.recv() => stopping("SIGTERM"),
         _ = interrupt.recv() => stopping("SIGINT"),
-        ended = serve(&settings, &board, &mut presence) => ended,
+        ended = serve(&settings, &board, &presence) => ended,
     };
     tell_supervisor(NotifyState::Stopping);
-    if let Some(presence) = presence {
+    let held = presence.take();
+    if let Some(presence) = held {
         // An unreachable registry forgets the claim by itself.
         let _ = timeout(LEAVE, presence.withdraw()).await;
     }
@@ -152,7 +158,7 @@ fn stopping(signal: &str) -> Result<(), Error> {
     Ok(())
 }
 
-async fn serve(settings: &Settings, board: &Board, presence: &mut Option<Presence>) -> Result<(), Error> {
+async fn serve(settings: &Settings, board: &Board, slot: &PresenceSlot) -> Result<(), Error> {
     // Not only when the device is made: this host's lease would have been taken by then.
     if !kernel::may_administer() {
         return Err(Error::Unprivileged);
@@ -164,7 +170,8 @@ async fn serve(settings: &Settings, board: &Board, presence: &mut Option<Presenc
     // Whoever cannot be asked how it is can work all the same.
     let _status = socket::Server::open(&settings.status_socket, board.clone())
         .inspect_err(|error| warn!("{error}; `flanneld status` will not work"));
-    let external = external::choose(&mut Kernel::open()?, &settings.external)?;
+    let mut kernel = Kernel::open()?;
+    let external = external::choose(&mut kernel, &settings.external)?;
     info!(
         "external interface {} (address {}, MTU {}), PublicIP {}",
         external.name, external.address, external.mtu, external.public_ip
@@ -174,55 +181,298 @@ async fn serve(settings: &Settings, board: &Board, presence: &mut Option<Presenc
     let network = configuration(registry).await?;
     warn_of_overlap(&network, &external);
     let mechanism = Mechanism::choose(&settings.rules, &network).await?;
+    let previous = previous(settings);
+    // Before anything is looked at: what changes from then on is told.
+    let mut monitor = Monitor::open().map_err(Error::Monitor)?;
     let (failures, mut failed) = mpsc::unbounded_channel();
-    let mut backend = backend_of(&network, &external, settings, failures)?;
+    let overlays = Overlays::new(&network, &previous).ok_or(backend::Error::NoIpv4(network.backend().kind()))?;
+    let mut backend = backend_of(&network, &external, &overlays, settings, failures)?;
     board.waiting_for("this host's PublicIP to be free");
-    let presence = claim(&settings.registry, external.public_ip, presence).await?;
-    let mut present = pin!(keep_presence(presence));
+    let mut present = Box::pin(keep_presence(
+        claim(&settings.registry, external.public_ip, slot).await?,
+    ));
     board.waiting_for("a lease");
     let own = tokio::select! {
-        own = lease(settings, &network, &external, &*backend) => own?,
+        own = lease(settings, &network, &external, &*backend, &previous) => own?,
         lost = &mut present => return Err(lost.into()),
     };
     board.lease(&own.lease, own.left);
+    leftovers::remove(&mut kernel, &overlays, network.backend())?;
     backend.start(&network, &own.lease)?;
-    if let Some(report) = backend.report() {
-        board.backend(report);
-    }
-    board.waiting_for("the other hosts' leases");
+    let dropped = if settings.blackhole_route {
+        own.lease.subnets.nets().collect()
+    } else {
+        Vec::new()
+    };
+    let blackhole = Blackhole::new(&mut kernel, dropped, &overlays);
 
+    let addresses = OwnAddresses::new(own.lease.value.public_ip);
     let (publish, mut peers) = watch::channel(None);
-    let mut watching = pin!(lease_watch::watch(registry, &own.lease, &publish));
-    let mut keeping = pin!(keep_lease(registry, &own, settings.renew_margin, board));
+    let first = own.lease.clone();
+    let mut watching = pin!(lease_watch::watch(registry, &first, &addresses, &publish));
+    let mut keeping = pin!(keep_lease(
+        registry,
+        own.lease.ttl.zip(own.left),
+        settings.renew_margin,
+        board
+    ));
     let (in_place, mut rules_in_place) = oneshot::channel();
     let rules = Keeper::new(settings.rules, mechanism, &network, &own.lease.subnets);
     let mut ruling = pin!(rules.keep(in_place));
-    // What is still to be done before packets may come: the rules, and the first picture of the peers.
-    let (mut ruled, mut peers_known, mut ready) = (false, None, false);
+    let mut moving: MovingLease = Box::pin(pending());
+    let mut run = Run {
+        settings,
+        network,
+        kernel,
+        external,
+        backend,
+        blackhole,
+        lease: own.lease,
+        peers: None,
+        board,
+        ruled: false,
+        ready: false,
+        interface: Outage::of("following the external interface"),
+        pace: Pace::new(Instant::now()),
+    };
+    run.tell_of_backend();
+    run.become_ready()?;
     loop {
+        let (at, look) = run.pace.next(run.backend.recheck_after());
         tokio::select! {
             Some(reason) = failed.recv() => return Err(Error::Engine(reason)),
             revoked = &mut watching => return Err(revoked.into()),
             () = &mut keeping => {}
             lost = &mut present => return Err(lost.into()),
             Ok(()) = peers.changed() => {
-                let latest: Option<Arc<PeerSet>> = peers.borrow_and_update().clone();
-                let Some(latest) = latest else { continue };
-                backend.apply(&latest)?;
-                board.peers(Arc::clone(&latest));
-                peers_known = Some(latest.len());
+                run.peers = peers.borrow_and_update().clone();
+                run.apply()?;
             }
-            Ok(()) = &mut rules_in_place, if !ruled => ruled = true,
+            Ok(()) = &mut rules_in_place, if !run.ruled => {
+                run.ruled = true;
+                run.become_ready()?;
+            }
             never = &mut ruling => match never {},
-        }
-        if let (false, true, Some(peers)) = (ready, ruled, peers_known) {
-            ready = true;
-            write_subnet_file(settings, &network, &own, backend.mtu())?;
-            board.ready();
-            tell_supervisor(NotifyState::Ready);
-            info!("ready: subnet {}, {peers} peer(s)", own.lease.subnets.to_cidrs());
+            changes = monitor.next() => run.notice(&changes.map_err(Error::Monitor)?),
+            () = sleep_until(at) => {
+                if let Some(value) = run.look(look)? {
+                    addresses.add(value.public_ip);
+                    moving = Box::pin(move_lease(settings, slot, run.lease.clone(), &addresses, value));
+                }
+            }
+            moved = &mut moving => {
+                moving = Box::pin(pending());
+                let Moved { lease, claimed, released } = moved?;
+                info!("published the new PublicIP {}", lease.value.public_ip);
+                addresses.settle(lease.value.public_ip);
+                board.republished(&lease);
+                run.lease = lease;
+                present = Box::pin(keep_presence(claimed));
+                if let Some(released) = released {
+                    // The registry may be slow, and forgets it by itself.
+                    tokio::spawn(async move { timeout(LEAVE, released.withdraw()).await });
+                }
+            }
         }
     }
+}
+
+type MovingLease<'a> = Pin<Box<dyn Future<Output = Result<Moved, Error>> + 'a>>;
+
+/// A lease with a new PublicIP.
+struct Moved {
+    lease: Lease,
+    /// The claim to that.
+    claimed: Option<Arc<Presence>>,
+    /// The claim to the PublicIP before.
+    released: Option<Arc<Presence>>,
+}
+
+/// Where the claim is kept that is to be taken back in the end.
+type PresenceSlot = RefCell<Option<Arc<Presence>>>;
+
+/// A daemon that has its lease.
+struct Run<'a> {
+    settings: &'a Settings,
+    network: Network,
+    kernel: Kernel,
+    external: External,
+    backend: Box<dyn Backend>,
+    blackhole: Blackhole,
+    lease: Lease,
+    /// `None` until the registry has told.
+    peers: Option<Arc<PeerSet>>,
+    board: &'a Board,
+    /// Whether the traffic rules are in place.
+    ruled: bool,
+    ready: bool,
+    /// The external interface's coming and going.
+    interface: Outage,
+    pace: Pace,
+}
+
+impl Run<'_> {
+    /// Lets the backend serve the peers.
+    fn apply(&mut self) -> Result<(), Error> {
+        let Some(peers) = &self.peers else { return Ok(()) };
+        self.backend.apply(peers)?;
+        self.board.peers(Arc::clone(peers));
+        self.become_ready()
+    }
+
+    /// Lets packets come, once the rules and the first picture of the peers are in place.
+    fn become_ready(&mut self) -> Result<(), Error> {
+        match &self.peers {
+            None => self.board.waiting_for("the other hosts' leases"),
+            Some(_) if !self.ruled => self.board.waiting_for("the traffic rules"),
+            Some(peers) if !self.ready => {
+                self.ready = true;
+                self.write_subnet_file()?;
+                self.board.ready();
+                tell_supervisor(NotifyState::Ready);
+                let subnets = self.lease.subnets.to_cidrs();
+                info!("ready: subnet {subnets}, {} peer(s)", peers.len());
+            }
+            Some(_) => {}
+        }
+        Ok(())
+    }
+
+    fn notice(&mut self, changes: &[Change]) {
+        let of_interfaces =
+            |change: &Change| matches!(change, Change::Link { .. } | Change::Address { .. } | Change::Lost);
+        if self.backend.notice(changes) || self.blackhole.is_hit(changes) || changes.iter().any(of_interfaces) {
+            self.pace.has_news(Instant::now());
+        }
+    }
+
+    /// Looks at the external interface, and lets the backend look at the kernel. What the lease is to say, if it has to say
+    /// something else from now on.
+    fn look(&mut self, look: Look) -> Result<Option<LeaseValue>, Error> {
+        if look == Look::Recheck {
+            self.backend.recheck();
+        }
+        let news = self.follow_interface()?;
+        self.blackhole.keep(&mut self.kernel);
+        self.apply()?;
+        self.pace.looked(look, Instant::now());
+        Ok(news)
+    }
+
+    fn follow_interface(&mut self) -> Result<Option<LeaseValue>, Error> {
+        let now = match external::again(&mut self.kernel, &self.settings.external, &self.external) {
+            Ok(now) => now,
+            Err(error) => {
+                // The pause is the kernel's next news.
+                self.interface.failed(&error.to_string());
+                return Ok(None);
+            }
+        };
+        if now == self.external {
+            self.interface.over();
+            return Ok(None);
+        }
+        let mtu = self.backend.mtu();
+        if let Err(error) = self.backend.adapt(&now) {
+            self.interface.failed(&error.to_string());
+            return Ok(None);
+        }
+        self.interface.over();
+        info!(
+            "the external interface {} has changed: index {}, address {}, MTU {}; before: {}, index {}, address {}, MTU {}",
+            now.name,
+            now.index,
+            now.address,
+            now.mtu,
+            self.external.name,
+            self.external.index,
+            self.external.address,
+            self.external.mtu
+        );
+        let before = std::mem::replace(&mut self.external, now);
+        self.board.external(&self.external);
+        self.tell_of_backend();
+        if self.backend.mtu() != mtu && self.ready {
+            self.write_subnet_file()?;
+            warn!(
+                "containers may now send packets of {} bytes, and not of {mtu}: restart Docker, or what else reads {}, so that \
+                 they learn of it",
+                self.backend.mtu(),
+                self.settings.subnet_file.display()
+            );
+        }
+        let public_ip = self.external.public_ip;
+        Ok((public_ip != before.public_ip).then(|| LeaseValue {
+            public_ip,
+            ..self.lease.value.clone()
+        }))
+    }
+
+    fn tell_of_backend(&self) {
+        if let Some(report) = self.backend.report() {
+            self.board.backend(report);
+        }
+    }
+
+    fn write_subnet_file(&self) -> Result<(), Error> {
+        let subnets = self.lease.subnets;
+        let file = SubnetFile {
+            ipv4: self.network.ipv4().map(|plan| Share {
+                network: plan.network(),
+                subnet: subnets.v4(),
+            }),
+            ipv6: self.network.ipv6().zip(subnets.v6()).map(|(plan, subnet)| Share {
+                network: plan.network(),
+                subnet,
+            }),
+            mtu: self.backend.mtu(),
+            ip_masq: self.settings.rules.masquerade,
+        };
+        file.write_atomically(&self.settings.subnet_file)?;
+        info!("wrote {}", self.settings.subnet_file.display());
+        Ok(())
+    }
+}
+
+/// Claims another PublicIP, and publishes it in this host's lease.
+async fn move_lease(
+    settings: &Settings,
+    slot: &PresenceSlot,
+    own: Lease,
+    addresses: &OwnAddresses,
+    value: LeaseValue,
+) -> Result<Moved, Error> {
+    let held = slot.borrow().clone();
+    let (claimed, released) = match held {
+        Some(held) if held.public_ip() == value.public_ip => (Some(held), None),
+        held => (claim(&settings.registry, value.public_ip, slot).await?, held),
+    };
+    let mut outage = Outage::of("publishing the new PublicIP");
+    loop {
+        match republish(&*settings.registry, &own, addresses, &value).await {
+            Ok(Some(lease)) => {
+                outage.over();
+                return Ok(Moved {
+                    lease,
+                    claimed,
+                    released,
+                });
+            }
+            // It is not ours any more, which the watch will tell.
+            Ok(None) => pending().await,
+            Err(error) if error.is_transient() => sleep(outage.failed(&error.to_string())).await,
+            Err(error) => return Err(AcquireError::from(error).into()),
+        }
+    }
+}
+
+/// What an earlier run has written into the subnet file.
+fn previous(settings: &Settings) -> Previous {
+    Previous::read(&settings.subnet_file).unwrap_or_else(|error| {
+        let file = settings.subnet_file.display();
+        warn!("cannot read {file}, taking no subnet from it: {error}");
+        Previous::default()
+    })
 }
 
 /// Waits for a configuration; an invalid one is an error at once.
@@ -278,30 +528,35 @@ fn warn_of_overlap(network: &Network, external: &External) {
 fn backend_of(
     network: &Network,
     external: &External,
+    overlays: &Overlays,
     settings: &Settings,
     failures: mpsc::UnboundedSender<String>,
-) -> Result<Box<dyn Backend>, Error> {
-    match network.backend() {
-        network::Backend::Udp(udp) if network.ipv4().is_some() => {
-            Ok(Box::new(udp::Udp::new(external, udp.clone(), settings.udp, failures)?))
-        }
-        network::Backend::Udp(_) => Err(Error::NoIpv4),
-        other => Err(Error::NoBackend(other.kind())),
+) -> Result<Box<dyn Backend>, backend::Error> {
+    let kind = network.backend().kind();
+    if network.ipv6().is_some() && kind != BackendKind::Udp {
+        return Err(backend::Error::DualStack(kind));
     }
+    Ok(match network.backend() {
+        network::Backend::Udp(udp) => Box::new(udp::Udp::new(external, udp.clone(), settings.udp, failures)?),
+        network::Backend::Vxlan(vxlan) => Box::new(Vxlan::new(external, vxlan.clone(), overlays)?),
+        network::Backend::HostGw => Box::new(HostGw::new(external, overlays)?),
+    })
 }
 
 /// Claims the PublicIP, as long as it takes the registry to answer. `None` where the registry does not let us.
-async fn claim<'a>(
+async fn claim(
     registry: &Arc<dyn Registry>,
     public_ip: Ipv4Addr,
-    slot: &'a mut Option<Presence>,
-) -> Result<Option<&'a Presence>, Error> {
+    slot: &PresenceSlot,
+) -> Result<Option<Arc<Presence>>, Error> {
     let mut outage = Outage::of("claiming this host's PublicIP");
     loop {
         match Presence::claim(registry, public_ip).await {
             Ok(presence) => {
                 outage.over();
-                return Ok(Some(slot.insert(presence)));
+                let presence = Arc::new(presence);
+                slot.replace(Some(Arc::clone(&presence)));
+                return Ok(Some(presence));
             }
             Err(ClaimError::Registry(error)) if error.is_transient() => {
                 sleep(outage.failed(&error.to_string())).await;
@@ -323,22 +578,17 @@ async fn lease(
     network: &Network,
     external: &External,
     backend: &dyn Backend,
+    previous: &Previous,
 ) -> Result<Own, Error> {
     let value = LeaseValue {
         public_ipv6: settings.public_ipv6,
         backend_type: backend.kind().into(),
+        backend_data: backend.data(),
         ..LeaseValue::new(external.public_ip)
     };
-    let previous = Previous::read(&settings.subnet_file).unwrap_or_else(|error| {
-        warn!(
-            "cannot read {}, taking no subnet from it: {error}",
-            settings.subnet_file.display()
-        );
-        Previous::default()
-    });
     let mut outage = Outage::of("taking a lease");
     loop {
-        match acquire::acquire(&*settings.registry, network, &value, &previous).await {
+        match acquire::acquire(&*settings.registry, network, &value, previous).await {
             Ok(own) => {
                 outage.over();
                 return Ok(own);
@@ -351,8 +601,9 @@ async fn lease(
     }
 }
 
-async fn keep_lease(registry: &dyn Registry, own: &Own, margin: Duration, board: &Board) {
-    if let (Some(ttl), Some(left)) = (own.lease.ttl, own.left) {
+/// `time`: what the lease's life hangs on, and how much of it there is.
+async fn keep_lease(registry: &dyn Registry, time: Option<(TtlId, Duration)>, margin: Duration, board: &Board) {
+    if let Some((ttl, left)) = time {
         keep::keep(registry, ttl, left, margin, |left| board.renewed(left)).await;
     }
     // A reservation needs no keeping; of a lease that ran out the watch tells.
@@ -360,30 +611,11 @@ async fn keep_lease(registry: &dyn Registry, own: &Own, margin: Duration, board:
 }
 
 /// Keeps the claim for as long as this is awaited; returns when another daemon has it.
-async fn keep_presence(presence: Option<&Presence>) -> ClaimError {
+async fn keep_presence(presence: Option<Arc<Presence>>) -> ClaimError {
     match presence {
         Some(presence) => presence.keep().await,
         None => pending().await,
     }
-}
-
-fn write_subnet_file(settings: &Settings, network: &Network, own: &Own, mtu: u32) -> Result<(), Error> {
-    let subnets = own.lease.subnets;
-    let file = SubnetFile {
-        ipv4: network.ipv4().map(|plan| Share {
-            network: plan.network(),
-            subnet: subnets.v4(),
-        }),
-        ipv6: network.ipv6().zip(subnets.v6()).map(|(plan, subnet)| Share {
-            network: plan.network(),
-            subnet,
-        }),
-        mtu,
-        ip_masq: settings.rules.masquerade,
-    };
-    file.write_atomically(&settings.subnet_file)?;
-    info!("wrote {}", settings.subnet_file.display());
-    Ok(())
 }
 
 /// For units of `Type=notify`. Without a supervisor there is nobody to tell, and one that does not listen is no reason to

@@ -9,7 +9,7 @@
 //! | [`lab`] | hosts and containers as network namespaces, for the demo and the tests |
 //! | [`daemon`] | the run: wires the rest together, and takes it down in order |
 //! | [`doctor`] | what is wrong on a host, and what to do about it |
-//! | [`backend`] | the desired peers become state: [`backend::udp`] |
+//! | [`backend`] | the desired peers become state: [`backend::udp`], [`backend::vxlan`], [`backend::host_gw`] |
 //! | [`rules`] | masquerade and forward rules, by iptables or nftables |
 //! | [`lease`] | choosing, taking, keeping and watching subnets |
 //! | [`registry`] | where configuration and leases are kept: etcd, a directory, memory |
@@ -18,7 +18,7 @@
 //! | [`route_table`] | destination to peer, immutable, published without a lock |
 //! | [`offload`] | superpackets into packets of the MTU and back; pure |
 //! | [`packet`] | protocols as views over bytes; pure |
-//! | [`kernel`] | links, addresses and routes over netlink |
+//! | [`kernel`] | links, addresses, routes, neighbours and forwarding entries over netlink |
 //! | [`observe`] | logs and health |
 //! | [`sys`] | system calls; the only `unsafe` code |
 //!

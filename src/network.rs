@@ -13,12 +13,13 @@
 //! | `EnableNFTables` | traffic rules through nftables | false |
 //! | `Backend` | `Type` (`udp`, `vxlan`, `host-gw`) and that backend's keys | `udp` |
 //!
-//! The `udp` backend has keys of this program's own beside `Port`; the original ignores them:
+//! Some of the backends' keys are this program's own; the original ignores them:
 //!
 //! | key | meaning | default |
 //! | --- | --- | --- |
-//! | `SourcePorts` | how many UDP source ports flows are hashed over, 1 to 64 | 1: all leaves from `Port` |
-//! | `SourceCheck` | which datagrams are let in: `strict`, `peer` or `off`, see [`SourceCheck`] | `strict` |
+//! | `SourcePorts` (`udp`) | how many UDP source ports flows are hashed over, 1 to 64 | 1: all leaves from `Port` |
+//! | `SourceCheck` (`udp`) | which datagrams are let in: `strict`, `peer` or `off`, see [`SourceCheck`] | `strict` |
+//! | `TxChecksum` (`vxlan`) | `false` turns the device's checksum offload off | true: it is left as it is |
 //!
 //! Keys, `Type` and `SourceCheck` are matched without regard to case. `0`, `0.0.0.0` and `::` stand for the default of a length or a
 //! bound, as in the original.

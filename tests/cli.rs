@@ -218,19 +218,6 @@ fn put_by_hand(directory: &std::path::Path, key: &str, value: &str) {
 }
 
 #[test]
-fn a_backend_that_this_version_lacks_is_named_with_what_there_is() {
-    let mut lab = new_lab("nobackend");
-    let host = lab.host("h1").unwrap();
-    let registry = Registry::embedded(&lab);
-    registry.configure(
-        host.ns(),
-        r#"{"Network":"10.5.0.0/16","Backend":{"Type":"VxLAN","Directrouting":true}}"#,
-    );
-    let said = gives_up(Daemon::new(&lab, &host, &registry));
-    assert!(said.contains("vxlan") && said.contains("udp"), "{said}");
-}
-
-#[test]
 fn the_interface_is_chosen_as_asked_and_what_there_is_is_listed_when_nothing_matches() {
     let mut lab = new_lab("iface");
     let host: Host = lab.host("h1").unwrap();
@@ -400,4 +387,39 @@ fn an_embedded_registry_that_cannot_be_read_is_told_and_left_alone() {
     let said = directory.fails(&["network", "set", CONFIG]);
     assert!(said.contains("registry.json"), "{said}");
     assert_eq!(fs::read_to_string(&state).unwrap(), "{ not what it was");
+}
+
+#[test]
+fn completions_are_what_a_shell_reads_and_the_manual_goes_into_a_directory() {
+    let directory = Directory::new("pages");
+    let completions = directory.succeeds(&["completions", "bash"]);
+    fs::create_dir_all(&directory.0).unwrap();
+    let script = directory.0.join("flanneld.bash");
+    fs::write(&script, &completions).unwrap();
+    let check = format!(
+        ". {} && COMP_WORDS=(flanneld dock) COMP_CWORD=1 && _flanneld flanneld dock flanneld && echo \"${{COMPREPLY[*]}}\"",
+        script.display()
+    );
+    let output = Command::new("bash").args(["-c", &check]).output().unwrap();
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout),
+        "docker-opts\n",
+        "{completions}"
+    );
+
+    let pages = directory.0.join("man8");
+    directory.succeeds(&["man", pages.to_str().unwrap()]);
+    let mut names: Vec<_> = fs::read_dir(&pages)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    names.sort();
+    assert!(
+        names.contains(&"flanneld.8".into()) && names.contains(&"flanneld-leases-list.8".into()),
+        "{names:?}"
+    );
+    assert!(
+        !names.iter().any(|name| name.to_string_lossy().contains("completions")),
+        "{names:?}"
+    );
 }

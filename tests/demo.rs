@@ -76,13 +76,13 @@ fn run(arguments: &[&str]) -> Output {
     Command::new(FLANNELD).arg("demo").args(arguments).output().unwrap()
 }
 
-/// The ids of the demo labs that `output` speaks of.
+/// The id of the demo's lab that `output` speaks of: the first `fl` with a number behind it.
 fn lab_in(output: &str) -> String {
-    let start = output
-        .find("fl")
-        .filter(|&i| output[i + 2..].starts_with(|c: char| c.is_ascii_digit()));
-    let rest = &output[start.unwrap_or_else(|| output.find(" fl").unwrap() + 1)..];
-    rest[..rest.find("-demo").unwrap() + 5].to_owned()
+    let mut starts = output.match_indices("fl").map(|(start, _)| &output[start..]);
+    let id = starts
+        .find(|rest| rest[2..].starts_with(|c: char| c.is_ascii_digit()))
+        .unwrap();
+    id[..id.find("-demo").unwrap() + 5].to_owned()
 }
 
 #[test]
@@ -97,12 +97,10 @@ fn every_pair_is_shown_with_throughput_and_leases_and_nothing_is_left() {
         let line = out
             .lines()
             .find(|line| line.starts_with(pair[0]) && line.contains(pair[1]));
+        let line = line.unwrap_or_else(|| panic!("no {pair:?} in {out}"));
+        assert!(line.contains(" flannel0 ") && line.contains(" 5/5 "), "{out}");
         assert!(
-            line.unwrap_or_else(|| panic!("no {pair:?} in {out}")).contains(" 5/5 "),
-            "{out}"
-        );
-        assert!(
-            line.unwrap().ends_with(" 60"),
+            line.ends_with(" 60"),
             "two kernels and two daemons take one each from the TTL: {out}"
         );
     }
@@ -111,6 +109,58 @@ fn every_pair_is_shown_with_throughput_and_leases_and_nothing_is_left() {
         assert!(out.contains(host), "lease of {host}: {out}");
     }
     assert!(!is_left(&lab_in(&err)), "{err}");
+}
+
+/// Runs the demo of this backend, and looks for the path of each pair in its table, where nobody but the kernels take from the
+/// TTL: the two hosts', and the router's unless the packets are in a tunnel.
+fn a_demo_shows(backend: &str, paths: &[(&str, &str, &str)]) {
+    let output = run(&["--hosts", "3", "--backend", backend]);
+    let (out, err) = (
+        String::from_utf8(output.stdout).unwrap(),
+        String::from_utf8(output.stderr).unwrap(),
+    );
+    assert!(output.status.success(), "{err}");
+    for (from, to, path) in paths {
+        let mut lines = out.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let line = lines
+            .find(|words| matches!(&words[..], [one, _, other, ..] if one == from && other == to))
+            .unwrap_or_else(|| panic!("no {from} to {to} in {out}"));
+        assert_eq!((line[4], line[5], *line.last().unwrap()), (*path, "5/5", "62"), "{out}");
+    }
+    assert!(out.contains("TCP throughput c1 to c2: "), "{out}");
+    assert!(!is_left(&lab_in(&err)), "{err}");
+}
+
+#[test]
+fn vxlan_is_shown_with_its_device() {
+    a_demo_shows(
+        "vxlan",
+        &[
+            ("c1", "c2", "flannel.1"),
+            ("c1", "c3", "flannel.1"),
+            ("c2", "c3", "flannel.1"),
+        ],
+    );
+}
+
+#[test]
+fn host_gw_is_shown_with_the_external_interface() {
+    a_demo_shows(
+        "host-gw",
+        &[("c1", "c2", "eth0"), ("c1", "c3", "eth0"), ("c2", "c3", "eth0")],
+    );
+}
+
+#[test]
+fn direct_routing_is_shown_with_a_path_for_each_side_of_the_router() {
+    a_demo_shows(
+        "direct-routing",
+        &[
+            ("c1", "c2", "eth0"),
+            ("c1", "c3", "flannel.1"),
+            ("c2", "c3", "flannel.1"),
+        ],
+    );
 }
 
 #[test]

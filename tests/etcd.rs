@@ -2,34 +2,23 @@
 
 mod lab;
 
-use etcd_client::{Client, Txn, TxnOp};
-use flannel::lab::{CONTAINER_BRIDGE, Lab, wait_until};
+use flannel::lab::{CONTAINER_BRIDGE, wait_until};
 use lab::{
     CONFIG, Daemon, Overlay, PATIENCE, Registry,
     certificates::Authority,
     etcd::{EtcdOptions, EtcdServer},
-    new_lab, stream,
+    new_lab,
+    original::put_leases,
+    stream,
 };
 use std::{
     fs,
     time::{Duration, Instant},
 };
 
-/// etcd in the switch's namespace, where all hosts reach it.
-fn options(lab: &Lab) -> EtcdOptions {
-    EtcdOptions {
-        address: [192, 168, 77, 254].into(),
-        namespace: Some(lab.switch().name().to_owned()),
-        ..EtcdOptions::default()
-    }
-}
-
 /// `count` hosts on an etcd of their own, with [`CONFIG`].
 fn overlay(name: &str, count: usize) -> (Overlay, EtcdServer) {
-    let lab = new_lab(name);
-    let server = EtcdServer::start_with(options(&lab));
-    let registry = Registry::etcd(&server.url());
-    (Overlay::start_on(lab, registry, CONFIG, count), server)
+    Overlay::start_on_etcd(name, CONFIG, count)
 }
 
 /// Waits until the last line that tells of an outage says that it is over, on each host.
@@ -58,7 +47,7 @@ fn assert_watches_work(overlay: &mut Overlay, server: &EtcdServer, index: usize)
 #[test]
 fn a_tutorial_with_etcdctl_works_and_leases_look_as_the_originals() {
     let mut lab = new_lab("tutorial");
-    let server = EtcdServer::start_with(options(&lab));
+    let server = EtcdServer::start_with(EtcdOptions::on_switch(&lab));
     server.etcdctl(&[
         "put",
         "/coreos.com/network/config",
@@ -193,7 +182,7 @@ fn an_etcd_compacted_while_the_hosts_are_cut_off_costs_no_peer() {
 fn an_etcd_that_is_not_there_yet_is_told_once_and_waited_for() {
     let mut lab = new_lab("absent");
     let host = lab.host("h1").unwrap();
-    let options = options(&lab);
+    let options = EtcdOptions::on_switch(&lab);
     let registry = Registry::etcd("http://192.168.77.254:2379");
     let mut daemon = Daemon::new(&lab, &host, &registry);
     daemon.start();
@@ -248,7 +237,7 @@ fn a_claim_whose_key_was_deleted_is_made_again() {
 #[test]
 fn an_etcd_that_hangs_is_told_once_and_a_signal_ends_the_waiting_daemon() {
     let mut lab = new_lab("hangs");
-    let server = EtcdServer::start_with(options(&lab));
+    let server = EtcdServer::start_with(EtcdOptions::on_switch(&lab));
     server.etcdctl(&["put", "/coreos.com/network/config", CONFIG]);
     server.pause();
     let host = lab.host("h1").unwrap();
@@ -297,7 +286,7 @@ fn packets_flow_while_etcd_hangs_and_a_signal_ends_the_daemon_all_the_same() {
 #[test]
 fn several_endpoints_serve_as_long_as_one_of_them_does() {
     let mut lab = new_lab("many");
-    let server = EtcdServer::start_with(options(&lab));
+    let server = EtcdServer::start_with(EtcdOptions::on_switch(&lab));
     server.etcdctl(&["put", "/coreos.com/network/config", CONFIG]);
     let host = lab.host("h1").unwrap();
     // The first refuses, the second swallows.
@@ -311,7 +300,7 @@ fn several_endpoints_serve_as_long_as_one_of_them_does() {
 #[test]
 fn a_wrong_prefix_names_the_key_and_the_ones_that_are_there() {
     let mut lab = new_lab("prefix");
-    let server = EtcdServer::start_with(options(&lab));
+    let server = EtcdServer::start_with(EtcdOptions::on_switch(&lab));
     server.etcdctl(&["put", "/atomic.io/network/config", CONFIG]);
     let host = lab.host("h1").unwrap();
     let mut daemon = Daemon::new(&lab, &host, &Registry::etcd(&server.url()));
@@ -361,7 +350,7 @@ fn tls_with_client_certificates_carries_an_overlay() {
             format!("--trusted-ca-file={}", path(&authority.file)),
             "--client-cert-auth".to_owned(),
         ],
-        ..options(&lab)
+        ..EtcdOptions::on_switch(&lab)
     });
     let (ca, cert, key) = (
         path(&authority.file),
@@ -388,7 +377,7 @@ fn a_user_with_a_password_outlives_its_tokens() {
     let mut lab = new_lab("auth");
     let mut server = EtcdServer::start_with(EtcdOptions {
         arguments: vec!["--auth-token-ttl=2".to_owned()],
-        ..options(&lab)
+        ..EtcdOptions::on_switch(&lab)
     });
     server.etcdctl(&["put", "/coreos.com/network/config", CONFIG]);
     for arguments in [
@@ -484,36 +473,18 @@ fn peers_of_another_backend_and_broken_leases_are_skipped_with_one_warning_each(
 #[test]
 fn a_daemon_among_ten_thousand_leases_is_ready_in_seconds() {
     let mut lab = new_lab("scale");
-    let server = EtcdServer::start_with(options(&lab));
+    let server = EtcdServer::start_with(EtcdOptions::on_switch(&lab));
     server.etcdctl(&["put", "/coreos.com/network/config", r#"{"Network":"10.0.0.0/8"}"#]);
-    lab::inside(lab.switch(), || put_leases(&server.url(), 256..10_256));
+    let lease = |number: u32| {
+        let [_, _, high, low] = number.to_be_bytes();
+        let subnet = format!("10.{high}.{low}.0/24").parse().unwrap();
+        (subnet, format!(r#"{{"PublicIP":"172.16.{high}.{low}"}}"#))
+    };
+    put_leases(&lab, &server, (256..10_256).map(lease));
     let host = lab.host("h1").unwrap();
     let mut daemon = Daemon::new(&lab, &host, &Registry::etcd(&server.url()));
     let begun = Instant::now();
     daemon.start_and_wait();
     assert!(begun.elapsed() < PATIENCE);
     daemon.wait_for_log("10000 peer(s)");
-}
-
-/// Writes reservations of the subnets 10.N.N.0/24 with these numbers, as many to a transaction as etcd takes.
-fn put_leases(url: &str, numbers: std::ops::Range<u32>) {
-    let numbers: Vec<u32> = numbers.collect();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
-    runtime.block_on(async {
-        let mut client = Client::connect([url], None).await.unwrap();
-        for chunk in numbers.chunks(128) {
-            let put = |number: &u32| {
-                let (high, low) = (number >> 8, number & 255);
-                let key = format!("/coreos.com/network/subnets/10.{high}.{low}.0-24");
-                TxnOp::put(key, format!(r#"{{"PublicIP":"172.16.{high}.{low}"}}"#), None)
-            };
-            client
-                .txn(Txn::new().and_then(chunk.iter().map(put).collect::<Vec<_>>()))
-                .await
-                .unwrap();
-        }
-    });
 }

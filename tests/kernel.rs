@@ -3,8 +3,8 @@
 mod lab;
 
 use std::{
-    fs,
     net::{IpAddr, Ipv4Addr},
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -20,8 +20,12 @@ use flannel::{
     network::Vni,
     sys::ethtool,
 };
+use ipnet::IpNet;
 use lab::{PATIENCE, inside, new_lab};
-use nix::sched::{CloneFlags, unshare};
+use nix::{
+    sched::{CloneFlags, unshare},
+    time::{ClockId, clock_gettime},
+};
 use serde_json::Value;
 use tokio::time::timeout;
 
@@ -511,6 +515,49 @@ fn links_are_changed_and_removed() {
 }
 
 #[test]
+fn a_list_is_whole_although_it_changes_meanwhile() {
+    let mut bench = Bench::new("whole");
+    // Enough that the kernel hands the list over in several parts.
+    let addresses: Vec<IpNet> = (0..1_000u32)
+        .map(|number| {
+            IpNet::new(
+                (u32::from(Ipv4Addr::new(10, 3, 0, 1)) + number).to_be_bytes().into(),
+                32,
+            )
+            .unwrap()
+        })
+        .collect();
+    let eth0 = bench.index("eth0");
+    for address in &addresses {
+        bench.kernel.add_address(eth0, *address).unwrap();
+    }
+    let ns = bench.ns().clone();
+    // Of another scope it goes in front of the others, so that they move in the list.
+    let first: IpNet = "10.2.0.1/32".parse().unwrap();
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                for verb in ["add", "del"] {
+                    ns.ip(&format!("address {verb} {first} scope link dev eth0")).unwrap();
+                }
+            }
+        });
+        let lists: Vec<_> = (0..50).map(|_| bench.kernel.links()).collect();
+        done.store(true, Ordering::Relaxed);
+        for links in lists {
+            let link = links.unwrap().into_iter().find(|link| link.index == eth0).unwrap();
+            let found: Vec<&IpNet> = link
+                .addresses
+                .iter()
+                .filter(|found| addresses.contains(found))
+                .collect();
+            assert!(found.iter().copied().eq(&addresses), "{} of them", found.len());
+        }
+    });
+}
+
+#[test]
 fn checksum_offload_is_switched() {
     let mut bench = Bench::new("checksum");
     bench.vxlan();
@@ -603,9 +650,7 @@ fn peers(link: u32) -> Vec<Operation> {
 
 /// What this thread has used of the processors.
 fn cpu_time() -> Duration {
-    // proc_pid_schedstat: nanoseconds on a processor come first.
-    let stat = fs::read_to_string("/proc/thread-self/schedstat").unwrap();
-    Duration::from_nanos(stat.split(' ').next().unwrap().parse().unwrap())
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap().into()
 }
 
 #[test]
@@ -670,6 +715,32 @@ fn thousands_of_entries_are_applied_and_a_refused_one_keeps_none_from_it() {
     assert!(found == operations);
     let count = operations.len();
     println!("{count} operations (time, CPU time): applied {applied:?}, listed {listed:?}");
+
+    // One peer among them comes back with another MAC and at another host.
+    let [neighbour, entry, route] = peers(vxlan)[..3] else {
+        panic!()
+    };
+    let (Operation::PutNeighbour(mut moved), Operation::PutFdb(old)) = (neighbour, entry) else {
+        panic!()
+    };
+    moved.mac = mac("02:00:00:ff:ff:ff");
+    let new = FdbEntry {
+        mac: moved.mac,
+        to: ip("172.31.0.1"),
+        ..old
+    };
+    let change = [
+        Operation::PutFdb(new),
+        Operation::PutNeighbour(moved),
+        route,
+        Operation::RemoveFdb(old),
+    ];
+    let cpu = cpu_time();
+    bench.apply(&change);
+    let changed = cpu_time() - cpu;
+    println!("one peer changed in {changed:?} of CPU time");
+    assert!(changed < Duration::from_millis(10), "{changed:?}");
+    bench.apply(&[Operation::RemoveFdb(new), entry]);
 
     let removals: Vec<Operation> = operations
         .iter()

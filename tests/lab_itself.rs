@@ -1,6 +1,6 @@
 //! The laboratory that the demo and the other black-box tests stand on, without any daemon. Needs root.
 
-use flannel::lab::{HostOptions, Lab, LabError, Ping, Process, SubnetEnv, throughput, wait_until};
+use flannel::lab::{HostOptions, Lab, LabError, Ping, Process, Segment, SubnetEnv, throughput, wait_until};
 use std::{fs, path::Path, time::Duration};
 
 /// Whether anything of the lab `id` is left: namespaces, or its directory.
@@ -62,6 +62,7 @@ fn host_is_attached_as_asked() {
         address: Some("192.168.77.99/24".parse().unwrap()),
         mtu: 9000,
         default_route: false,
+        ..HostOptions::default()
     };
     let host = lab.host_with("big", &options).unwrap();
     let plain = lab.host("plain").unwrap();
@@ -71,6 +72,32 @@ fn host_is_attached_as_asked() {
     assert!(!host.ns().ip("route").unwrap().contains("default"));
     assert!(plain.ns().ip("route").unwrap().contains("default via 192.168.77.254"));
     assert_eq!(Ping::run(plain.ns(), host.ip().into(), 1).unwrap().received, 1);
+}
+
+#[test]
+fn a_router_is_between_the_two_segments() {
+    let mut lab = Lab::new("segments").unwrap();
+    let far = HostOptions {
+        segment: Segment::Second,
+        ..HostOptions::default()
+    };
+    let hosts = [
+        lab.host("h1").unwrap(),
+        lab.host("h2").unwrap(),
+        lab.host_with("h3", &far).unwrap(),
+        lab.host_with("h4", &far).unwrap(),
+    ];
+    assert_eq!(
+        hosts.each_ref().map(|host| host.ip().to_string()),
+        ["192.168.77.1", "192.168.77.2", "192.168.78.3", "192.168.78.4"]
+    );
+    let ttl = |from: usize, to: usize| Ping::run(hosts[from].ns(), hosts[to].ip().into(), 1).unwrap().ttl;
+    for neighbours in [[0, 1], [2, 3]] {
+        assert_eq!(ttl(neighbours[0], neighbours[1]), Some(64), "nobody forwards");
+    }
+    for apart in [[0, 2], [3, 1]] {
+        assert_eq!(ttl(apart[0], apart[1]), Some(63), "the router forwards");
+    }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 mod lab;
 
-use flannel::lab::{Host, Lab};
+use flannel::lab::{Host, HostOptions, Lab, wait_until};
 use lab::{CONFIG, Daemon, FLANNELD, Overlay, PATIENCE, Registry, assert_reaches, http_get, new_lab};
 use nix::sys::signal::Signal;
 use std::{
@@ -380,4 +380,34 @@ fn an_exhausted_network_says_so_and_the_hosts_that_have_a_subnet_go_on() {
     registry.flanneld(hosts[0].ns(), &["leases", "release", &subnet.trunc().to_string()]);
     assert_eq!(daemons[winner].wait_exit().code(), Some(1));
     daemons[loser].start_and_wait();
+}
+
+#[test]
+fn what_no_container_has_is_dropped_if_that_is_wanted() {
+    let lab = new_lab("blackhole");
+    let registry = Registry::embedded(&lab);
+    let mut overlay = Overlay::start_hosts(
+        lab,
+        registry,
+        CONFIG,
+        &[
+            (HostOptions::default(), &["--ip-blackhole-route"][..]),
+            (HostOptions::default(), &[]),
+        ],
+    );
+    let subnet = overlay.daemons[0].subnet().subnet.trunc();
+    let route = format!("blackhole {subnet} proto 85 metric 4294967295");
+    let ns = overlay.hosts[0].ns().clone();
+    let blackholes = || ns.ip("route show type blackhole").unwrap().trim().to_owned();
+    assert_eq!(blackholes(), route);
+    // The bridge's route to the same subnet comes first.
+    overlay.assert_all_reach_all();
+    ns.ip("route flush type blackhole").unwrap();
+    wait_until(PATIENCE, "the route to be put back", || blackholes() == route).unwrap();
+
+    let mut without = Daemon::new(&overlay.lab, &overlay.hosts[0], &overlay.registry);
+    assert!(overlay.daemons[0].stop().success());
+    assert_eq!(blackholes(), route);
+    without.start_and_wait();
+    assert_eq!(blackholes(), "");
 }

@@ -7,8 +7,13 @@ use flannel::{
     packet::{Ipv4Packet, build},
 };
 use lab::{
-    CONFIG, Daemon, Overlay, PATIENCE, Registry, assert_loses, assert_reaches, inside, new_lab, output_of, ping,
-    plain_peer::free_subnet, stream, traffic::transfer,
+    CONFIG, Daemon, Overlay, PATIENCE, Registry, assert_loses, assert_reaches, inside, new_lab,
+    original::{lease, public_ip},
+    output_of, ping,
+    plain_peer::free_subnet,
+    programmed::{NEW_ADDRESS, assert_comes, by_hand, link, readdress},
+    stream,
+    traffic::transfer,
 };
 use std::{
     io,
@@ -372,4 +377,29 @@ fn a_lease_that_points_elsewhere_takes_its_traffic_along() {
     }
     assert_reaches(&from.ns, overlay.containers[1].ip);
     assert_reaches(two.ns(), from.ip);
+}
+
+#[test]
+fn the_overlay_follows_the_external_address_and_mtu() {
+    let (mut overlay, server) = Overlay::start_on_etcd("follow", CONFIG, 2);
+    overlay.assert_all_reach_all();
+    let (ns, subnet) = (overlay.hosts[0].ns().clone(), overlay.subnet(0));
+    for (external, inner) in [(1_400, 1_372), (1_500, 1_472)] {
+        by_hand(&ns, &format!("ip link set eth0 mtu {external}"));
+        assert_comes(PATIENCE, "device and subnet file to follow", || {
+            let device = link(&ns, "flannel0").map_or(0, |link| link["mtu"].as_u64().unwrap());
+            ((device, overlay.daemons[0].subnet().mtu), (inner.into(), inner))
+        });
+        overlay.daemons[0].wait_for_log("Docker");
+        overlay.assert_all_reach_all();
+    }
+
+    readdress(&ns, overlay.hosts[0].ip(), public_ip(101));
+    assert_comes(NEW_ADDRESS, "the new address to be published", || {
+        let expected = r#"{"PublicIP":"192.168.77.101","PublicIPv6":null}"#;
+        (lease(&server, subnet), expected.to_owned())
+    });
+    overlay.assert_all_reach_all();
+    overlay.daemons[0].assert_running();
+    assert_eq!(overlay.subnet(0), subnet);
 }

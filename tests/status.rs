@@ -214,3 +214,38 @@ fn watching_shows_rates_until_the_daemon_is_gone() {
     let ended = watcher.wait().unwrap();
     assert_eq!(ended.code(), Some(1));
 }
+
+#[test]
+fn where_the_kernel_carries_the_packets_repairs_are_told() {
+    let lab = new_lab("status_vxlan");
+    let registry = Registry::embedded(&lab);
+    let config = r#"{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}"#;
+    let overlay = Overlay::start_on(lab, registry, config, 2);
+    overlay.assert_all_reach_all();
+    let before = status(&overlay, 0);
+    let backend = before.backend.unwrap();
+    assert_eq!(
+        (backend.kind.as_str(), backend.device.as_deref(), backend.mtu),
+        ("vxlan", Some("flannel.1"), 1450)
+    );
+    assert!(
+        backend.engine.is_none() && backend.repairs.is_empty(),
+        "{:?}",
+        backend.repairs
+    );
+    assert_eq!(before.peers[0].traffic, None);
+
+    overlay.hosts[0].ns().ip("route flush proto 85").unwrap();
+    wait_until(PATIENCE, "the route to be put back", || {
+        status(&overlay, 0).backend.unwrap().repairs.get("route") == Some(&1)
+    })
+    .unwrap();
+    overlay.hosts[0].ns().ip("link delete flannel.1").unwrap();
+    wait_until(PATIENCE, "the device to be made again", || {
+        status(&overlay, 0).backend.unwrap().repairs.get("device") == Some(&1)
+    })
+    .unwrap();
+    let text = String::from_utf8(status_command(&overlay, 0, &[]).stdout).unwrap();
+    assert!(text.contains("Backend    vxlan, flannel.1, MTU 1450\n"), "{text}");
+    assert!(text.contains("Repaired   device 1, route 1\n"), "{text}");
+}

@@ -1,29 +1,44 @@
 //! Backends: how packets get from one host's subnet to another's.
 //!
 //! A [`Backend`] is level-triggered: it is given the whole set of peers, compares it with what is there and fixes the
-//! difference. [`udp`] carries the packets itself, with the [engine](crate::engine).
+//! difference. [`udp`] carries the packets itself, with the [engine](crate::engine). [`vxlan`] and [`host_gw`] let the
+//! kernel carry them and keep it programmed ([`programming`], [`reconcile`]). What an earlier run has left for another
+//! backend is removed at start ([`leftovers`]).
 
+pub mod host_gw;
+pub mod leftovers;
+pub mod programming;
+pub mod reconcile;
+mod repairs;
 pub mod udp;
 mod udp_report;
+pub mod vxlan;
 
-use std::io;
+use std::{io, net::Ipv4Addr, time::Duration};
+
+use ipnet::IpNet;
+use serde_json::Value;
 
 use crate::{
-    kernel,
+    kernel::{self, external::External, monitor::Change},
     lease::{record::Lease, watch::PeerSet},
     network::{BackendKind, Network},
     observe::board::Report,
+    subnet_file::Previous,
 };
 
-/// Whether this version has the backend; a daemon refuses a configuration with another.
-pub fn carries(kind: BackendKind) -> bool {
-    kind == BackendKind::Udp
-}
+/// The least MTU of an IPv4 link (RFC 791).
+const LEAST_MTU: u32 = 68;
 
 /// A way of carrying packets between hosts.
 pub trait Backend: Send {
     /// Its type, as this host's lease announces it.
     fn kind(&self) -> BackendKind;
+
+    /// What else the lease announces (`BackendData`).
+    fn data(&self) -> Option<Value> {
+        None
+    }
 
     /// The largest packet in bytes that containers may send (`FLANNEL_MTU`).
     fn mtu(&self) -> u32;
@@ -31,17 +46,71 @@ pub trait Backend: Send {
     /// Sets up the device for this host's lease; no peers yet.
     ///
     /// # Errors
-    /// When the kernel refuses; what was set up till then goes with the backend.
+    /// When the kernel refuses; what was set up till then goes with the backend, except what the kernel carries packets by.
     fn start(&mut self, network: &Network, own: &Lease) -> Result<(), Error>;
 
     /// Makes `peers` reachable, and none besides.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the backend cannot go on. What the kernel refuses for the moment is logged, and tried again.
     fn apply(&mut self, peers: &PeerSet) -> Result<(), Error>;
 
-    /// What tells of the backend's doings, from any thread, also when the backend is gone; once it has started.
+    /// Takes note of what has changed in the kernel: whether [`Backend::apply`] has to look at it.
+    fn notice(&mut self, changes: &[Change]) -> bool {
+        let _ = changes;
+        false
+    }
+
+    /// How long after an [`apply`](Backend::apply) the kernel is to be [looked at](Backend::recheck) even though it told of
+    /// nothing.
+    fn recheck_after(&self) -> Option<Duration> {
+        None
+    }
+
+    /// Believes nothing of what it knew of the kernel: the next `apply` looks for itself.
+    fn recheck(&mut self) {}
+
+    /// Goes on with another state of the external interface: another MTU, address or index. An `apply` has to follow.
+    ///
+    /// # Errors
+    /// When it cannot work that way; it goes on as it was, if the error does not say that it has ended.
+    fn adapt(&mut self, external: &External) -> Result<(), Error>;
+
+    /// What tells of the backend's doings, from any thread, also when the backend is gone; once it has started. Another one
+    /// after an [`adapt`](Backend::adapt).
     fn report(&self) -> Option<Report>;
+}
+
+/// The IPv4 overlays whose routes and devices are this daemon's business: the one that is configured, and the one of the run
+/// before, if that was another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Overlays {
+    /// The network's.
+    pub current: IpNet,
+    /// What the subnet file says.
+    pub previous: Option<IpNet>,
+}
+
+impl Overlays {
+    /// `None` for a network without IPv4.
+    pub fn new(network: &Network, previous: &Previous) -> Option<Self> {
+        let current = IpNet::V4(network.ipv4()?.network());
+        let previous = previous.network.map(IpNet::V4);
+        Some(Self {
+            current,
+            previous: previous.filter(|previous| *previous != current),
+        })
+    }
+
+    /// Both, or the one.
+    pub fn all(&self) -> Vec<IpNet> {
+        std::iter::once(self.current).chain(self.previous).collect()
+    }
+
+    /// Whether the address lies in one of them.
+    pub fn contain(&self, address: &IpNet) -> bool {
+        self.all().iter().any(|network| network.contains(&address.addr()))
+    }
 }
 
 /// Why a backend cannot work.
@@ -101,6 +170,56 @@ pub enum Error {
         network: ipnet::IpNet,
         /// The external interface.
         interface: String,
+    },
+    /// The backend carries IPv4 only.
+    #[error(
+        "the network has EnableIPv6 true, which the {0} backend does not carry: set EnableIPv6 to false, or use Backend.Type \
+         udp, which carries both"
+    )]
+    DualStack(BackendKind),
+    /// IPv4 is switched off.
+    #[error("the network has EnableIPv4 false: the {0} backend needs an IPv4 network")]
+    NoIpv4(BackendKind),
+    /// The peers' routes lead to an address that the interface does not have.
+    #[error(
+        "PublicIP {public_ip} is not the address {address} of interface {interface}: with the host-gw backend the other hosts \
+         route straight to the interface, so leave --public-ip out, or name the interface that has it with --iface"
+    )]
+    NotTheInterfaces {
+        /// What the lease would announce.
+        public_ip: Ipv4Addr,
+        /// What the interface has.
+        address: Ipv4Addr,
+        /// The external interface.
+        interface: String,
+    },
+    /// The VXLAN device cannot be made.
+    #[error("cannot make the device {name}: {hint}")]
+    Vxlan {
+        /// Its name.
+        name: String,
+        /// What to do.
+        hint: String,
+        /// As the kernel says.
+        source: kernel::Error,
+    },
+    /// The VXLAN device was removed again at once.
+    #[error(
+        "the device {0} was removed in the moment in which it was made: something else manages it; exempt it there"
+    )]
+    VxlanGone(String),
+    /// The VXLAN device belongs to someone else.
+    #[error(
+        "the device {name} has the address {address} and so belongs to another overlay than {overlay}: give this network \
+         another Backend.VNI, or remove the device with `ip link del {name}` if nothing uses it any more"
+    )]
+    ForeignDevice {
+        /// Its name.
+        name: String,
+        /// The address that tells.
+        address: IpNet,
+        /// The network's.
+        overlay: IpNet,
     },
     /// The engine does not start.
     #[error("cannot start the packet engine")]

@@ -35,7 +35,7 @@ use crate::{
 };
 
 use super::{
-    Backend, Error,
+    Backend, Error, LEAST_MTU,
     udp_report::{Facts, overflow},
 };
 
@@ -47,9 +47,6 @@ const OVERHEAD: u32 = 28;
 
 /// The longest IPv4 packet (RFC 791): loopback has a larger MTU.
 const LONGEST_PACKET: u32 = 65_535;
-
-/// The least MTU of an IPv4 link (RFC 791).
-const LEAST_MTU: u32 = 68;
 
 /// Packets that may wait for a worker. The kernel's 500 for TUN devices is less than what one TCP stream sends in the time
 /// that a worker is off its processor; 1,000 is what Ethernet devices have.
@@ -117,12 +114,14 @@ pub struct Udp {
     failures: UnboundedSender<String>,
     /// For each worker, until the engine takes them.
     sockets: Vec<Vec<UdpSocket>>,
+    /// What it was started with.
+    started: Option<(Network, Lease)>,
     running: Option<Running>,
 }
 
 /// What there is once the device is set up.
 struct Running {
-    /// Stops when it is dropped.
+    /// Stops when it is dropped, and the device goes with it.
     _engine: Engine,
     facts: Arc<Facts>,
 }
@@ -138,12 +137,7 @@ impl Udp {
         options: Options,
         failures: UnboundedSender<String>,
     ) -> Result<Self, Error> {
-        let too_small = || Error::Mtu {
-            interface: external.name.clone(),
-            mtu: external.mtu,
-            least: LEAST_MTU + OVERHEAD,
-        };
-        let mtu = overlay_mtu(external.mtu).ok_or_else(too_small)?;
+        let mtu = mtu_over(external)?;
         let workers = match (options.tun, options.workers) {
             (TunMode::Plain, _) => 1,
             (TunMode::Auto, Some(chosen)) => chosen.get(),
@@ -151,18 +145,7 @@ impl Udp {
                 .map_or(1, NonZeroUsize::get)
                 .min(MOST_DEFAULT_WORKERS),
         };
-        let address = SocketAddr::new(external.address.into(), configuration.port);
-        let sockets = bind(address, workers, configuration.source_ports.get()).map_err(|source| Error::Bind {
-            address,
-            hint: match source.kind() {
-                io::ErrorKind::AddrInUse => {
-                    "another process has the port, perhaps another flanneld; stop it, or give this network another Backend.Port"
-                }
-                io::ErrorKind::AddrNotAvailable => "this host does not have the address any more",
-                _ => "the system refuses",
-            },
-            source,
-        })?;
+        let sockets = bind_on(external, &configuration, workers)?;
         Ok(Self {
             external: external.clone(),
             configuration,
@@ -173,6 +156,7 @@ impl Udp {
             peers: Arc::default(),
             failures,
             sockets,
+            started: None,
             running: None,
         })
     }
@@ -248,7 +232,7 @@ impl Backend for Udp {
             queues: device.queues,
             sockets: std::mem::take(&mut self.sockets),
             routes: self.routes.clone(),
-            admission: Admission::new(source_check(self.configuration.source_check), nets(own)),
+            admission: Admission::new(source_check(self.configuration.source_check), own.subnets.nets()),
             icmp_source: icmp_source(own),
             offloads,
             way,
@@ -277,6 +261,7 @@ impl Backend for Udp {
             peers: Arc::clone(&self.peers),
         });
         self.running = Some(Running { _engine: engine, facts });
+        self.started = Some((network.clone(), own.clone()));
         Ok(())
     }
 
@@ -289,10 +274,47 @@ impl Backend for Udp {
                 addr: SocketAddr::new(host, port),
                 id: ids.id(host),
             };
-            nets(lease).map(move |net| (net, peer))
+            lease.subnets.nets().map(move |net| (net, peer))
         });
         let table = RouteTable::new(routes);
         self.routes.publish(table);
+        Ok(())
+    }
+
+    /// Another address needs other sockets, and so another engine: packets are lost until it runs. All else is changed in place.
+    fn adapt(&mut self, external: &External) -> Result<(), Error> {
+        let mtu = mtu_over(external)?;
+        if external.address != self.external.address {
+            let sockets = bind_on(external, &self.configuration, self.workers)?;
+            self.tell_counters();
+            self.running = None;
+            self.sockets = sockets;
+            self.external = external.clone();
+            self.mtu = mtu;
+            if let Some((network, own)) = self.started.take()
+                && let Err(error) = self.start(&network, &own)
+            {
+                // There is no way back: the daemon ends, and its supervisor tries again.
+                drop(self.failures.send(error.to_string()));
+                return Err(error);
+            }
+            return Ok(());
+        }
+        if let Some(running) = &mut self.running
+            && mtu != self.mtu
+        {
+            let mut kernel = Kernel::open()?;
+            let device = &running.facts.device;
+            if let Some(link) = kernel.links()?.iter().find(|link| link.name == *device) {
+                kernel.set_mtu(link.index, mtu)?;
+            }
+            running.facts = Arc::new(Facts {
+                mtu,
+                ..(*running.facts).clone()
+            });
+        }
+        self.external = external.clone();
+        self.mtu = mtu;
         Ok(())
     }
 
@@ -304,6 +326,13 @@ impl Backend for Udp {
 
 impl Drop for Udp {
     fn drop(&mut self) {
+        self.tell_counters();
+    }
+}
+
+impl Udp {
+    /// What the engine has done, for the log.
+    fn tell_counters(&self) {
         let Some(Running { facts, .. }) = &self.running else {
             return;
         };
@@ -313,6 +342,21 @@ impl Drop for Udp {
         });
         info!("{}{overflow}", facts.observer.snapshot().summary());
     }
+}
+
+fn bind_on(external: &External, configuration: &network::Udp, workers: usize) -> Result<Vec<Vec<UdpSocket>>, Error> {
+    let address = SocketAddr::new(external.address.into(), configuration.port);
+    bind(address, workers, configuration.source_ports.get()).map_err(|source| Error::Bind {
+        address,
+        hint: match source.kind() {
+            io::ErrorKind::AddrInUse => {
+                "another process has the port, perhaps another flanneld; stop it, or give this network another Backend.Port"
+            }
+            io::ErrorKind::AddrNotAvailable => "this host does not have the address any more",
+            _ => "the system refuses",
+        },
+        source,
+    })
 }
 
 /// For each worker the tunnel's socket and, with more than one source port, one for each of the others. All workers have the same
@@ -370,9 +414,12 @@ fn overlay_mtu(external: u32) -> Option<u32> {
         .filter(|mtu| *mtu >= LEAST_MTU)
 }
 
-/// The subnets of a lease, of both families.
-fn nets(lease: &Lease) -> impl Iterator<Item = IpNet> + use<> {
-    std::iter::once(IpNet::V4(lease.subnets.v4())).chain(lease.subnets.v6().map(IpNet::V6))
+fn mtu_over(external: &External) -> Result<u32, Error> {
+    overlay_mtu(external.mtu).ok_or_else(|| Error::Mtu {
+        interface: external.name.clone(),
+        mtu: external.mtu,
+        least: LEAST_MTU + OVERHEAD,
+    })
 }
 
 /// Gives the device its addresses, brings it up and routes the overlay into it.
@@ -401,7 +448,7 @@ fn configure(
             source: io::ErrorKind::NotFound.into(),
         })?;
     kernel.bring_up(index, mtu, DEVICE_QUEUE)?;
-    for net in nets(own) {
+    for net in own.subnets.nets() {
         // The subnet's own address, alone: the rest of the subnet is the containers'.
         kernel.add_address(index, IpNet::from(net.network()))?;
     }

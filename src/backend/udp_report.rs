@@ -21,6 +21,7 @@ use crate::{
 };
 
 /// What stays as it is while the backend runs, and where to look for the rest.
+#[derive(Clone)]
 pub(super) struct Facts {
     pub(super) device: String,
     pub(super) mtu: u32,

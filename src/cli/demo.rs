@@ -3,12 +3,16 @@
 //! Each host is a network namespace with a daemon process of its own, run from this very binary; each subnet has one
 //! container. Nothing outside the lab is touched, and nothing of it stays, also after Ctrl-C; see [`crate::lab`].
 
+mod error;
+mod overlay;
 mod progress;
 mod report;
 
+pub use error::DemoError;
+pub use overlay::DemoBackend;
+
 use super::DemoArgs;
-use crate::lab::{self, Container, Host, Interrupt, Lab, LabError, Ping, Process, SubnetEnv};
-use nix::sys::signal::Signal;
+use crate::lab::{self, Container, Host, HostOptions, Interrupt, Lab, LabError, Ping, Process, Segment, SubnetEnv};
 use progress::Step;
 use report::PairResult;
 use std::{
@@ -18,12 +22,9 @@ use std::{
     net::Ipv4Addr,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    process::{Command, ExitStatus},
+    process::Command,
     time::{Duration, Instant},
 };
-
-/// The overlay's network: /24 subnets for far more hosts than the demo has.
-const NETWORK: &str = "10.5.0.0/16";
 
 /// How long etcd may take to come up, on a slow disk.
 const ETCD_LIMIT: Duration = Duration::from_secs(30);
@@ -64,74 +65,6 @@ const PROGRAMS: [(&str, &str); 6] = [
 
 /// As [`PROGRAMS`], for a real etcd.
 const ETCD_PROGRAM: (&str, &str) = ("etcd", "etcd-server");
-
-/// Why the demo did not come to its end, or not to a good one.
-#[derive(Debug, thiserror::Error)]
-pub enum DemoError {
-    /// Namespaces need root.
-    #[error("the demo makes network namespaces, which needs root: run it with sudo, or scripts/demo, which does so")]
-    NotRoot,
-    /// Programs are missing.
-    #[error("the demo needs {programs}: install with `apt-get install {packages}`, or use scripts/demo, which does so")]
-    Missing {
-        /// Their names.
-        programs: String,
-        /// The Debian packages that have them.
-        packages: String,
-    },
-    /// This binary cannot be found again, to run the daemons from it.
-    #[error("cannot find the path of this very program, which the demo runs as its daemons: {0}")]
-    OwnPath(io::Error),
-    /// The lab failed.
-    #[error(transparent)]
-    Lab(#[from] LabError),
-    /// Signals cannot be caught.
-    #[error("cannot prepare for Ctrl-C: {0}; without it an interrupted demo would leave its lab behind")]
-    Signals(io::Error),
-    /// The result cannot be shown.
-    #[error("cannot write the result to standard output: {0}")]
-    Output(#[from] io::Error),
-    /// A program of the lab ended though it should run.
-    #[error("{name} has ended by itself ({status}); the end of its log is above")]
-    Ended {
-        /// The program: a daemon by its host, or etcd.
-        name: String,
-        /// How it ended.
-        status: ExitStatus,
-    },
-    /// A daemon is up, but not ready.
-    #[error("{name} has written no subnet file within {} s; the end of its log is above", limit.as_secs())]
-    NotReady {
-        /// The daemon by its host.
-        name: String,
-        /// For how long it was waited for.
-        limit: Duration,
-    },
-    /// Containers that do not reach one another.
-    #[error(
-        "{failed} of {pairs} pairs of containers do not reach one another; the ends of the daemons' logs are above"
-    )]
-    Unreachable {
-        /// Pairs without an answer.
-        failed: usize,
-        /// All pairs.
-        pairs: usize,
-    },
-    /// Ctrl-C, or another signal that ends a process.
-    #[error("ended by {0}; everything that the demo made is removed")]
-    Interrupted(Signal),
-}
-
-impl DemoError {
-    /// The exit code, as a shell would report it: 130 for Ctrl-C.
-    pub fn exit_code(&self) -> u8 {
-        match self {
-            // The largest signal number is 64.
-            DemoError::Interrupted(signal) => 128 + *signal as u8,
-            _ => 1,
-        }
-    }
-}
 
 /// Runs the demo; the result goes to standard output, everything else to standard error. To be called from the main
 /// thread, since what it starts dies with the calling thread.
@@ -235,7 +168,8 @@ impl Demo {
         self.start_registry()?;
         self.start_daemons()?;
         self.add_containers()?;
-        let pairs = self.ping_all()?;
+        let mut pairs = self.ping_all()?;
+        self.find_paths(&mut pairs);
         writeln!(out, "\n{}\n", report::ping_table(&pairs))?;
         let failed = pairs.iter().filter(|pair| pair.failed()).count();
         if failed == 0 {
@@ -266,10 +200,24 @@ impl Demo {
     }
 
     fn make_hosts(&mut self) -> Result<(), DemoError> {
-        let step = Step::start(format!("{} hosts on a switch", self.args.hosts));
-        for number in 1..=self.args.hosts {
+        let count = self.args.hosts;
+        let segment = |number| self.args.backend.segment(number, count);
+        let on_a_router = segment(count) == Segment::Second;
+        let step = Step::start(format!(
+            "{count} hosts on {}",
+            if on_a_router {
+                "two links with a router between"
+            } else {
+                "a switch"
+            }
+        ));
+        for number in 1..=count {
             self.check_interrupt()?;
-            let host = self.lab.host(&format!("h{number}"))?;
+            let options = HostOptions {
+                segment: segment(number),
+                ..HostOptions::default()
+            };
+            let host = self.lab.host_with(&format!("h{number}"), &options)?;
             let subnet_file = self.lab.dir().join(format!("h{number}.env"));
             self.nodes.push(Node {
                 host,
@@ -277,11 +225,7 @@ impl Demo {
                 subnet_file,
             });
         }
-        step.done(&format!(
-            "network namespaces {}-h1 to -h{}",
-            self.lab.id(),
-            self.args.hosts
-        ));
+        step.done(&format!("network namespaces {}-h1 to -h{count}", self.lab.id()));
         Ok(())
     }
 
@@ -297,8 +241,9 @@ impl Demo {
             self.registry = vec![format!("--registry-dir={}", dir.display())];
             format!("embedded, in {}", dir.display())
         };
-        self.configure()?;
-        step.done(&format!("{kind}; the configuration says {NETWORK}"));
+        let configuration = self.args.backend.configuration();
+        self.configure(&configuration)?;
+        step.done(&format!("{kind}; the configuration is {configuration}"));
         Ok(())
     }
 
@@ -314,7 +259,7 @@ impl Demo {
     }
 
     /// Writes the network's configuration, again and again until etcd is up.
-    fn configure(&mut self) -> Result<(), DemoError> {
+    fn configure(&mut self, configuration: &str) -> Result<(), DemoError> {
         let start = Instant::now();
         loop {
             self.check_interrupt()?;
@@ -327,7 +272,7 @@ impl Demo {
                     status,
                 });
             }
-            match self.flanneld(&["network", "set", "--network", NETWORK]) {
+            match self.flanneld(&["network", "set", configuration]) {
                 Ok(_) => return Ok(()),
                 Err(DemoError::Lab(_)) if self.etcd.is_some() && start.elapsed() < ETCD_LIMIT => {
                     std::thread::sleep(LOOK_AGAIN);
@@ -442,6 +387,7 @@ impl Demo {
             .map(|(from, to)| PairResult {
                 from: (from.name.clone(), from.ip),
                 to: (to.name.clone(), to.ip),
+                path: None,
                 ping: None,
             })
             .collect();
@@ -473,6 +419,18 @@ impl Demo {
         let answered = results.iter().filter(|pair| !pair.failed()).count();
         step.done(&format!("{answered} of {} pairs answer", pairs.len()));
         Ok(results)
+    }
+
+    /// Asks each sender's host for its path to the other container; afterwards, when all peers are known.
+    fn find_paths(&self, pairs: &mut [PairResult]) {
+        for pair in pairs {
+            let sender = self
+                .containers
+                .iter()
+                .position(|container| container.name == pair.from.0);
+            // A pair without a path is shown as such: whether it answers is what counts.
+            pair.path = sender.and_then(|i| overlay::path(&self.nodes[i].host, pair.to.1).ok());
+        }
     }
 
     fn start_ping(&self, from: &Container, to: Ipv4Addr) -> Result<Process, LabError> {

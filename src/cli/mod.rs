@@ -27,8 +27,6 @@ use clap::{
     parser::ValueSource,
 };
 
-use tracing::warn;
-
 pub use self::{
     docker_opts::DockerOptsArgs,
     doctor::DoctorArgs,
@@ -112,6 +110,9 @@ pub struct DemoArgs {
     /// How many hosts
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u8).range(2..=20))]
     pub hosts: u8,
+    /// What carries the packets
+    #[arg(long, value_name = "TYPE", value_enum, default_value_t)]
+    pub backend: demo::DemoBackend,
     /// Leave the hosts there, and say how to enter them
     #[arg(long)]
     pub keep: bool,
@@ -119,7 +120,7 @@ pub struct DemoArgs {
     #[arg(long)]
     pub etcd: bool,
     /// Remove what --keep has left, and do nothing else
-    #[arg(long, conflicts_with_all = ["hosts", "keep", "etcd"])]
+    #[arg(long, conflicts_with_all = ["hosts", "backend", "keep", "etcd"])]
     pub down: bool,
 }
 
@@ -205,9 +206,6 @@ pub fn execute(invocation: Invocation) -> ExitCode {
         Action::Man(args) => pages::man(&args, command(), &mut io::stdout()).map_err(AnyError::from),
         Action::Completions(args) => pages::completions(&args, command(), &mut io::stdout()).map_err(AnyError::from),
         Action::Run(args) => with_registry(invocation.registry, async |registry| {
-            for flag in args.without_effect() {
-                warn!("this version does not act on {flag}");
-            }
             Ok(daemon::run(args.settings(registry)).await?)
         }),
         Action::Network(args) => with_registry(invocation.registry, async |registry| {
@@ -261,7 +259,7 @@ fn without_empty_env(arg: Arg) -> Arg {
 mod tests {
     use std::{fs, process, time::Duration};
 
-    use super::*;
+    use super::{demo::DemoBackend, *};
     use crate::{
         backend::udp::{IoMode, Options, TunMode},
         registry::memory::MemoryRegistry,
@@ -580,20 +578,29 @@ mod tests {
             demo("demo"),
             DemoArgs {
                 hosts: 3,
+                backend: DemoBackend::Udp,
                 keep: false,
                 etcd: false,
                 down: false
             }
         );
         assert_eq!(
-            demo("demo -hosts=5 -keep -etcd"),
+            demo("demo -hosts=5 -backend=host-gw -keep -etcd"),
             DemoArgs {
                 hosts: 5,
+                backend: DemoBackend::HostGw,
                 keep: true,
                 etcd: true,
                 down: false
             }
         );
+        for (line, backend) in [
+            ("demo --backend vxlan", DemoBackend::Vxlan),
+            ("demo --backend direct-routing", DemoBackend::DirectRouting),
+            ("demo --backend direct", DemoBackend::DirectRouting),
+        ] {
+            assert_eq!(demo(line).backend, backend);
+        }
         assert!(demo("demo --down").down);
     }
 

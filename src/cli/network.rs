@@ -13,7 +13,6 @@ use serde_json::{Map, Value, json};
 
 use super::table::table;
 use crate::{
-    backend,
     lease::record::{SUBNETS, Subnets},
     network::{self, AddressPlan, Block, CONFIG_KEY, ConfigError, LoadError, Network, Parsed, SourcePorts},
     registry::{self, Registry},
@@ -219,12 +218,6 @@ async fn set(configuration: &str, force: bool, registry: &dyn Registry) -> Resul
     lines.extend(network.ipv6().map(summary));
     lines.push(format!("backend {}", network.backend()));
     lines.extend(warnings.iter().map(|warning| format!("warning: {warning}")));
-    let kind = network.backend().kind();
-    if !backend::carries(kind) {
-        lines.push(format!(
-            "warning: the daemons of this version refuse this configuration: they do not carry {kind} yet, only udp"
-        ));
-    }
     if !leases.is_empty() {
         lines.push(format!(
             "note: there are {} leases; daemons that run keep the old configuration until they are started again",
@@ -355,19 +348,6 @@ mod tests {
             "\"Colour\"",
         ] {
             assert!(answer.contains(part), "{answer:?} lacks {part:?}");
-        }
-    }
-
-    #[tokio::test]
-    async fn a_backend_that_the_daemons_refuse_is_written_with_a_warning() {
-        for (kind, warned) in [("vxlan", true), ("host-gw", true), ("udp", false)] {
-            let registry = MemoryRegistry::new();
-            let json = format!(r#"{{"Network":"10.5.0.0/16","Backend":{{"Type":"{kind}"}}}}"#);
-            let answer = run(NetworkAction::Set(set_args(&json)), &registry).await.unwrap();
-            assert_eq!(stored(&registry).await, Some(json));
-            let warning = answer.lines().find(|line| line.starts_with("warning: the daemons"));
-            assert_eq!(warning.is_some(), warned, "{answer}");
-            assert!(warning.is_none_or(|line| line.contains(kind)), "{answer}");
         }
     }
 

@@ -286,6 +286,7 @@ impl RunArgs {
             subnet_file: self.subnet_file,
             renew_margin: self.subnet_lease_renew_margin,
             health: (self.healthz_port != 0).then(|| SocketAddr::new(self.healthz_ip, self.healthz_port)),
+            blackhole_route: self.ip_blackhole_route,
             rules: rules::Options {
                 masquerade: self.ip_masq,
                 fully_random: !self.ip_masq_fully_random_disable,
@@ -322,15 +323,6 @@ impl RunArgs {
         }
         self.offload = offload > no_offload;
         Ok(())
-    }
-
-    /// The flags that are given and that this version accepts but does not act on.
-    pub fn without_effect(&self) -> Vec<&'static str> {
-        let flags = [(self.ip_blackhole_route, "--ip-blackhole-route")];
-        flags
-            .into_iter()
-            .filter_map(|(given, flag)| given.then_some(flag))
-            .collect()
     }
 }
 

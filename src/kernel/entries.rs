@@ -93,7 +93,7 @@ pub struct FdbEntry {
 pub struct FoundFdbEntry {
     /// The entry.
     pub entry: FdbEntry,
-    /// It was configured, not learned.
+    /// It was configured, not learned, and leads there as ours do: by the device's own port, VNI and choice of interface.
     pub permanent: bool,
 }
 
@@ -483,13 +483,18 @@ impl FoundFdbEntry {
             NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => ip_from(bytes),
             _ => None,
         })?;
+        // The kernel tells of them only where they differ from the device's.
+        let by_another_way = message.attributes.iter().any(|attribute| {
+            use NeighbourAttribute::{IfIndex, Port, Vni};
+            matches!(attribute, Port(_) | Vni(_) | IfIndex(_))
+        });
         Some(Self {
             entry: FdbEntry {
                 link: header.ifindex,
                 mac: neighbour_mac(message)?,
                 to,
             },
-            permanent: is_permanent(message),
+            permanent: is_permanent(message) && !by_another_way,
         })
     }
 }
@@ -715,6 +720,17 @@ mod tests {
                 (None, Some(found))
             );
         }
+        // Changed by someone to another port (NDA_PORT, 6).
+        let ip = [192, 0, 2, 1];
+        let moved = [
+            header(7, 2),
+            attribute(2, &MAC.0),
+            attribute(1, &ip),
+            attribute(6, &9_999_u16.to_be_bytes()),
+        ]
+        .concat();
+        let found = FoundFdbEntry::of(&NeighbourMessage::parse(&moved[..]).unwrap()).unwrap();
+        assert_eq!((found.entry.to, found.permanent), (ip.into(), false));
         // Of a bridge: no host behind it.
         let learned = [header(7, 4), attribute(2, &MAC.0)].concat();
         assert_eq!(FoundFdbEntry::of(&NeighbourMessage::parse(&learned[..]).unwrap()), None);

@@ -72,6 +72,14 @@ pub enum Error {
         /// What there is: names with addresses.
         there: String,
     },
+    /// The interface that was chosen is no more.
+    #[error("interface {name} is gone (this host has: {there})")]
+    Gone {
+        /// The interface.
+        name: String,
+        /// What there is: names with addresses.
+        there: String,
+    },
     /// The kernel did not answer.
     #[error(transparent)]
     Kernel(#[from] KernelError),
@@ -105,6 +113,60 @@ pub fn choose(kernel: &mut Kernel, wish: &Wish) -> Result<External, Error> {
         );
     }
     Ok(external)
+}
+
+/// What has become of the interface that was `chosen` earlier: another MTU, index or address. It stays the chosen one for
+/// as long as it has its address. Then the wish decides again, but not the default route: that leads elsewhere when a VPN
+/// comes up, and may be gone for a moment when addresses are changed.
+///
+/// # Errors
+/// When there is no such interface, or it has no address: it may come back.
+pub fn again(kernel: &mut Kernel, wish: &Wish, chosen: &External) -> Result<External, Error> {
+    let links = kernel.links()?;
+    if let Some(still) = still(&links, chosen) {
+        return Ok(still);
+    }
+    let path = match wish.can_reach {
+        Some(target) if wish.interfaces.is_empty() && wish.patterns.is_empty() => Some(kernel.path_to(target)?),
+        _ => None,
+    };
+    choose_again(&links, path.as_ref(), wish, chosen)
+}
+
+/// The chosen interface as it is now, if it has its address.
+fn still(links: &[Link], chosen: &External) -> Option<External> {
+    let link = links.iter().find(|link| link.name == chosen.name)?;
+    link.has(chosen.address.into()).then(|| External {
+        index: link.index,
+        mtu: link.mtu,
+        ..chosen.clone()
+    })
+}
+
+/// As [`select`], where the default route decided then the interface of that name.
+fn choose_again(links: &[Link], path: Option<&Path>, wish: &Wish, chosen: &External) -> Result<External, Error> {
+    let wished = !wish.interfaces.is_empty() || !wish.patterns.is_empty() || wish.can_reach.is_some();
+    if wished {
+        return select(links, path, wish);
+    }
+    let there = || inventory(links);
+    let name = || chosen.name.clone();
+    let link = links.iter().find(|link| link.name == chosen.name);
+    let link = link.ok_or_else(|| Error::Gone {
+        name: name(),
+        there: there(),
+    })?;
+    let address = link.ipv4().ok_or_else(|| Error::NoAddress {
+        name: name(),
+        there: there(),
+    })?;
+    Ok(External {
+        index: link.index,
+        name: name(),
+        mtu: link.mtu,
+        address,
+        public_ip: wish.public_ip.unwrap_or(address),
+    })
 }
 
 /// The choice itself. `path`: to the address of `--iface-can-reach` if that decides, else the default route.
@@ -324,6 +386,41 @@ mod tests {
             ..interfaces(&["eth1"])
         };
         expect(both, "eth1", "192.168.64.3", "203.0.113.9");
+    }
+
+    #[test]
+    fn the_chosen_interface_stays_it_for_as_long_as_it_has_its_address() {
+        let chosen = select(&host(), Some(&default_route()), &Wish::default()).unwrap();
+        let mut links = host();
+        links[1].index = 9;
+        links[1].mtu = 1400;
+        links[1].addresses.insert(0, "10.0.2.99/24".parse().unwrap());
+        let expected = External {
+            index: 9,
+            mtu: 1400,
+            ..chosen.clone()
+        };
+        assert_eq!(still(&links, &chosen), Some(expected));
+        links[1].addresses.remove(1);
+        assert_eq!(still(&links, &chosen), None);
+        let moved = choose_again(&links, None, &Wish::default(), &chosen).unwrap();
+        assert_eq!(
+            (moved.index, moved.address.to_string(), moved.public_ip.to_string()),
+            (9, "10.0.2.99".into(), "10.0.2.99".into())
+        );
+    }
+
+    #[test]
+    fn an_interface_that_the_default_route_chose_is_waited_for_and_no_other_is_taken() {
+        let chosen = select(&host(), Some(&default_route()), &Wish::default()).unwrap();
+        let mut links = host();
+        links.remove(1);
+        let error = choose_again(&links, None, &Wish::default(), &chosen)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("interface eth0 is gone"), "{error}");
+        let wish = interfaces(&["eth0", "eth1"]);
+        assert_eq!(choose_again(&links, None, &wish, &chosen).unwrap().name, "eth1");
     }
 
     #[test]

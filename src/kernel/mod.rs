@@ -4,6 +4,7 @@
 //!
 //! Calls block; each takes microseconds, with thousands of entries milliseconds. Nothing here runs the `ip` command.
 
+mod blackhole;
 pub mod entries;
 pub mod external;
 pub mod monitor;

@@ -145,6 +145,7 @@ impl Monitor {
             let mut lost = false;
             // Nothing awaits from here on.
             while lost || changes.len() < AT_ONCE {
+                self.buffer.clear();
                 match receive(self.socket.get_ref(), &mut self.buffer) {
                     // What is in the buffer is older than what was lost.
                     Ok(()) if lost => {}

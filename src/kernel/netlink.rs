@@ -1,6 +1,6 @@
 //! A blocking rtnetlink socket: requests one at a time, in batches, and dumps; and the messages in a datagram.
 
-use std::io;
+use std::{io, iter};
 
 use netlink_packet_core::{
     ErrorMessage, NLM_F_ACK, NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkBuffer,
@@ -23,9 +23,9 @@ const RECEIVE_BUFFER: usize = BATCH * 4_096;
 /// (netlink_dump()); twice that for such an entry.
 pub(super) const DATAGRAM: usize = 64 * 1024;
 
-/// How often a dump that was disturbed by changes is begun anew. One takes milliseconds: whatever disturbs this many has
-/// not come to rest, and the caller better waits for it.
-const DUMPS: usize = 16;
+/// How often a dump that was disturbed by changes is begun anew. One of thousands of entries takes a few milliseconds:
+/// whatever disturbs all of them in a tenth of a second has not come to rest, and the caller better waits for it.
+const DUMPS: usize = 64;
 
 /// What the kernel says to one request: the messages that it answers with, or why it refuses.
 pub(super) type Answer = Result<Vec<Message>, Refusal>;
@@ -185,36 +185,50 @@ impl Netlink {
         }
         self.socket.send(&bytes, 0)?;
 
+        // All is read before any of it is parsed: the sooner a list is read, the less often a change cuts through it.
+        self.buffer.clear();
         loop {
+            let start = self.buffer.len();
             receive(&self.socket, &mut self.buffer)?;
-            for Received { header, payload } in Messages(&self.buffer) {
-                // The first is 0. Others are left over from a request that failed in the middle.
-                let index = header.sequence_number.wrapping_sub(before).wrapping_sub(1) as usize;
-                if index >= self.sequence.wrapping_sub(before) as usize {
+            let mut datagram = &self.buffer[start..];
+            let last = self.sequence;
+            if iter::from_fn(|| split(&mut datagram)).any(|(header, _)| is_end(&header, last)) {
+                break;
+            }
+            self.buffer.resize(self.buffer.len().next_multiple_of(4), 0);
+        }
+        for Received { header, payload } in Messages(&self.buffer) {
+            // The first is 0. Others are left over from a request that failed in the middle.
+            let index = header.sequence_number.wrapping_sub(before).wrapping_sub(1) as usize;
+            if index >= self.sequence.wrapping_sub(before) as usize {
+                continue;
+            }
+            if header.flags & NLM_F_DUMP_INTR != 0 {
+                took(Reply::Disturbed);
+            }
+            let (code, attributes) = match &payload {
+                Some(NetlinkPayload::Error(error)) => (error.raw_code(), reason_of(&header, error)),
+                Some(NetlinkPayload::Done(done)) => (done.code, done.extended_ack.as_slice()),
+                _ => {
+                    if let Some(NetlinkPayload::InnerMessage(message)) = payload {
+                        took(Reply::Message(index, message));
+                    }
                     continue;
                 }
-                if header.flags & NLM_F_DUMP_INTR != 0 {
-                    took(Reply::Disturbed);
-                }
-                let (code, attributes) = match &payload {
-                    Some(NetlinkPayload::Error(error)) => (error.raw_code(), reason_of(&header, error)),
-                    Some(NetlinkPayload::Done(done)) => (done.code, done.extended_ack.as_slice()),
-                    _ => {
-                        if let Some(NetlinkPayload::InnerMessage(message)) = payload {
-                            took(Reply::Message(index, message));
-                        }
-                        continue;
-                    }
-                };
-                if code < 0 {
-                    took(Reply::Refused(index, Refusal::of(code, attributes)));
-                }
-                if header.sequence_number == self.sequence {
-                    return Ok(());
-                }
+            };
+            if code < 0 {
+                took(Reply::Refused(index, Refusal::of(code, attributes)));
             }
         }
+        Ok(())
     }
+}
+
+/// Whether this is the last message of the answer to the request of this number: an acknowledgement, a refusal or the end of
+/// a dump.
+fn is_end(header: &NetlinkHeader, sequence: u32) -> bool {
+    let ends = [libc::NLMSG_ERROR, libc::NLMSG_DONE].contains(&i32::from(header.message_type));
+    ends && header.sequence_number == sequence
 }
 
 /// The attributes of an NLMSG_ERROR that say more, if there are some: they follow the request's header, or the request
@@ -246,19 +260,29 @@ enum Reply {
     Disturbed,
 }
 
-/// Reads one datagram into `buffer`.
+/// Reads one datagram to the end of `buffer`.
 pub(super) fn receive(socket: &Socket, buffer: &mut Vec<u8>) -> io::Result<()> {
-    buffer.clear();
+    let start = buffer.len();
+    buffer.reserve(DATAGRAM);
     // With MSG_TRUNC the kernel tells how long the datagram was, also beyond the buffer.
     let length = socket.recv(buffer, libc::MSG_TRUNC)?;
-    if length > buffer.len() {
+    if length > buffer.len() - start {
         let text = format!("a netlink datagram of {length} bytes is longer than {DATAGRAM}");
         return Err(io::Error::new(io::ErrorKind::InvalidData, text));
     }
     Ok(())
 }
 
-/// The messages of one datagram.
+/// Takes the first message, header and all, off `messages`.
+fn split<'a>(messages: &mut &'a [u8]) -> Option<(NetlinkHeader, &'a [u8])> {
+    let header = NetlinkHeader::parse(&NetlinkBuffer::new_checked(*messages).ok()?).ok()?;
+    let (message, _) = messages.split_at_checked(header.length as usize)?;
+    // Messages begin at multiples of 4 bytes (NLMSG_ALIGN).
+    *messages = &messages[message.len().next_multiple_of(4).min(messages.len())..];
+    Some((header, message))
+}
+
+/// The messages of datagrams.
 #[derive(Debug)]
 pub(super) struct Messages<'a>(pub(super) &'a [u8]);
 
@@ -274,11 +298,7 @@ impl Iterator for Messages<'_> {
     type Item = Received;
 
     fn next(&mut self) -> Option<Received> {
-        let buffer = NetlinkBuffer::new_checked(self.0).ok()?;
-        let header = NetlinkHeader::parse(&buffer).ok()?;
-        let length = header.length as usize;
-        let message = &self.0[..length];
-        self.0 = &self.0[length.next_multiple_of(4).min(self.0.len())..];
+        let (header, message) = split(&mut self.0)?;
         let payload = NetlinkMessage::deserialize(message)
             .inspect_err(|error| debug!("a netlink message is passed over: {error}"))
             .ok()

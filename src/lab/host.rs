@@ -1,16 +1,49 @@
 //! Hosts on the lab's switch, and the containers in them.
 
-use super::{Lab, LabError, Namespace, SWITCH_ADDRESS, SWITCH_BRIDGE};
+use super::{Lab, LabError, Namespace};
 use ipnet::Ipv4Net;
 use std::{fs, net::Ipv4Addr, path::Path};
 
 /// The bridge in a host that its containers hang on, as Docker's `docker0`.
 pub const CONTAINER_BRIDGE: &str = "cbr0";
 
+/// Which of a lab's two networks a host is in. The switch routes between them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Segment {
+    /// 192.168.77.0/24, on the switch's `br0`.
+    #[default]
+    First,
+    /// 192.168.78.0/24, on its `br1`.
+    Second,
+}
+
+impl Segment {
+    /// Of both networks.
+    pub(super) const PREFIX_LEN: u8 = 24;
+
+    /// The bridge in the switch's namespace.
+    pub(super) const fn bridge(self) -> &'static str {
+        match self {
+            Segment::First => "br0",
+            Segment::Second => "br1",
+        }
+    }
+
+    /// The switch's own address, the hosts' default gateway; hosts are numbered upwards from .1.
+    pub const fn switch_address(self) -> Ipv4Addr {
+        match self {
+            Segment::First => Ipv4Addr::new(192, 168, 77, 254),
+            Segment::Second => Ipv4Addr::new(192, 168, 78, 254),
+        }
+    }
+}
+
 /// How a host is attached to the switch; see [`Lab::host_with`](super::Lab::host_with).
 #[derive(Clone, Debug)]
 pub struct HostOptions {
-    /// The address of `eth0`; `None`: the next free one of 192.168.77.0/24.
+    /// The network that `eth0` is in.
+    pub segment: Segment,
+    /// The address of `eth0`; `None`: the next free one of the segment.
     pub address: Option<Ipv4Net>,
     /// MTU of `eth0` and of the switch's port, in bytes.
     pub mtu: u16,
@@ -21,6 +54,7 @@ pub struct HostOptions {
 impl Default for HostOptions {
     fn default() -> HostOptions {
         HostOptions {
+            segment: Segment::First,
             address: None,
             mtu: 1500,
             default_route: true,
@@ -108,11 +142,12 @@ impl Host {
             "link add p{port} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {}",
             ns.name()
         ))?;
-        switch.ip(&format!("link set p{port} master {SWITCH_BRIDGE} up"))?;
+        switch.ip(&format!("link set p{port} master {} up", options.segment.bridge()))?;
         ns.ip(&format!("address add {address} dev eth0"))?;
         ns.ip("link set eth0 up")?;
         if options.default_route {
-            ns.ip(&format!("route add default via {SWITCH_ADDRESS} dev eth0"))?;
+            let gateway = options.segment.switch_address();
+            ns.ip(&format!("route add default via {gateway} dev eth0"))?;
         }
         ns.sysctl("ipv4/ip_forward", "1")?;
         Ok(Host {

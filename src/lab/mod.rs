@@ -1,17 +1,22 @@
-//! A laboratory: hosts and containers as network namespaces of this machine, joined by a bridge.
+//! A laboratory: hosts and containers as network namespaces of this machine, joined by a bridge, or by two with a router
+//! between them.
 //!
 //! Used by `flanneld demo`, the black-box tests and the benchmark, so that what a newcomer sees is what is tested and
 //! measured.
 //!
 //! ```text
-//!   fl<pid>-<lab>-switch     br0 192.168.77.254/24
-//!                            |p1             |p2
-//!   fl<pid>-<lab>-h1   eth0 .1         h2   eth0 .2       hosts: flanneld runs here
-//!                      cbr0 10.5.34.1       cbr0 10.5.68.1
-//!                            |veth1          |veth1
-//!   fl<pid>-<lab>-c1   eth0 .2         c2   eth0 .2       containers
+//!   fl<pid>-<lab>-switch     br0 192.168.77.254/24      <- routes ->      br1 192.168.78.254/24
+//!                            |p1             |p2                                |p3
+//!   fl<pid>-<lab>-h1   eth0 .1         h2   eth0 .2                       h3   eth0 .3     hosts: flanneld runs here
+//!                      cbr0 10.5.34.1       cbr0 10.5.68.1                     cbr0 10.5.7.1
+//!                            |veth1          |veth1                             |veth1
+//!   fl<pid>-<lab>-c1   eth0 .2         c2   eth0 .2                       c3   eth0 .2     containers
+//!
+//!                      Segment::First                                     Segment::Second
 //! ```
 //!
+//! - The second bridge is made with the first host that is to be in it; until then the switch routes nothing. Each host's
+//!   default route leads to the switch's address in its segment.
 //! - The machine's own namespace is never touched: no interface, route, rule or sysctl in it changes.
 //! - Everything is made by running `ip`, `nsenter`, `setpriv` (and `setsid`), so each step can be repeated by hand.
 //! - A lab's namespaces, processes and directory go when the [`Lab`] is dropped, also by a panic. What a killed run
@@ -26,7 +31,7 @@ mod ping;
 mod process;
 
 pub use error::LabError;
-pub use host::{CONTAINER_BRIDGE, Container, Host, HostOptions, SubnetEnv};
+pub use host::{CONTAINER_BRIDGE, Container, Host, HostOptions, Segment, SubnetEnv};
 pub use interrupt::Interrupt;
 pub use iperf::{Throughput, throughput};
 pub use namespace::Namespace;
@@ -60,17 +65,8 @@ const OWNER_FILE: &str = "owner";
 /// In a lab's directory: its owner left it up on purpose.
 const KEPT_FILE: &str = "kept";
 
-/// The bridge in the switch's namespace.
-const SWITCH_BRIDGE: &str = "br0";
-
-/// The switch's own address, the hosts' default gateway; hosts are numbered upwards from .1.
-const SWITCH_ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 254);
-
-/// Prefix length of the hosts' network.
-const SWITCH_PREFIX_LEN: u8 = 24;
-
-/// How many hosts fit below [`SWITCH_ADDRESS`].
-const MAX_HOSTS: u8 = SWITCH_ADDRESS.octets()[3] - 1;
+/// How many hosts fit below the switch's own address in a segment.
+const MAX_HOSTS: u8 = Segment::First.switch_address().octets()[3] - 1;
 
 /// How long the programs of a lab that is being removed may take to end after SIGTERM: flanneld removes its device.
 const GRACE: Duration = Duration::from_secs(2);
@@ -86,6 +82,8 @@ pub struct Lab {
     dir: PathBuf,
     switch: Namespace,
     hosts: u8,
+    /// Whether there is a second segment.
+    routed: bool,
     kept: bool,
 }
 
@@ -110,11 +108,7 @@ impl Lab {
                 source,
             })?;
             let switch = Namespace::create(format!("{id}-switch"))?;
-            switch.ip(&format!("link add {SWITCH_BRIDGE} type bridge"))?;
-            switch.ip(&format!(
-                "address add {SWITCH_ADDRESS}/{SWITCH_PREFIX_LEN} dev {SWITCH_BRIDGE}"
-            ))?;
-            switch.ip(&format!("link set {SWITCH_BRIDGE} up"))?;
+            add_segment(&switch, Segment::First)?;
             Ok(switch)
         })();
         match built {
@@ -123,6 +117,7 @@ impl Lab {
                 dir,
                 switch,
                 hosts: 0,
+                routed: false,
                 kept: false,
             }),
             Err(error) => {
@@ -147,7 +142,7 @@ impl Lab {
         &self.switch
     }
 
-    /// Adds a host with the next free address, MTU 1500 and a default route.
+    /// Adds a host to the first segment, with the next free address, MTU 1500 and a default route.
     ///
     /// # Errors
     /// As [`Lab::host_with`].
@@ -166,9 +161,14 @@ impl Lab {
                 limit: MAX_HOSTS,
             });
         }
+        if options.segment == Segment::Second && !self.routed {
+            add_segment(&self.switch, Segment::Second)?;
+            self.switch.sysctl("ipv4/ip_forward", "1")?;
+            self.routed = true;
+        }
         let port = self.hosts + 1;
-        let [a, b, c, _] = SWITCH_ADDRESS.octets();
-        let default = Ipv4Net::new_assert(Ipv4Addr::new(a, b, c, port), SWITCH_PREFIX_LEN);
+        let [a, b, c, _] = options.segment.switch_address().octets();
+        let default = Ipv4Net::new_assert(Ipv4Addr::new(a, b, c, port), Segment::PREFIX_LEN);
         let host = Host::attach(self, name, port, options.address.unwrap_or(default), options)?;
         self.hosts = port;
         Ok(host)
@@ -231,6 +231,15 @@ impl Drop for Lab {
             remove_or_warn(&self.id);
         }
     }
+}
+
+/// Makes the bridge of `segment`, with the switch's address on it.
+fn add_segment(switch: &Namespace, segment: Segment) -> Result<(), LabError> {
+    let (bridge, address) = (segment.bridge(), segment.switch_address());
+    switch.ip(&format!("link add {bridge} type bridge"))?;
+    switch.ip(&format!("address add {address}/{} dev {bridge}", Segment::PREFIX_LEN))?;
+    switch.ip(&format!("link set {bridge} up"))?;
+    Ok(())
 }
 
 /// A lab's name is put between dashes in its namespaces' names, so it has none itself.

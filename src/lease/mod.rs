@@ -1,11 +1,13 @@
 //! Leases: which host has which subnet.
 //!
 //! [`record`] is their form in the registry, [`choose`] picks a free subnet (pure), [`acquire`] takes this host's lease,
-//! [`keep`] keeps it, [`watch`] follows everybody's, and [`presence`] guards against two hosts with one PublicIP.
+//! [`keep`] keeps it, [`republish`] changes what it says, [`watch`] follows everybody's, and [`presence`] guards against two
+//! hosts with one PublicIP.
 
 pub mod acquire;
 pub mod choose;
 pub mod keep;
 pub mod presence;
 pub mod record;
+pub mod republish;
 pub mod watch;

@@ -151,6 +151,11 @@ impl Presence {
         Ok(presence)
     }
 
+    /// What is claimed.
+    pub fn public_ip(&self) -> Ipv4Addr {
+        self.public_ip
+    }
+
     /// Keeps the claim until dropped, or until another daemon that is alive has it; returns [`ClaimError::InUse`] then. A
     /// claim that lapsed while the registry could not be reached, or was deleted, is made anew if it is free.
     ///
@@ -215,7 +220,7 @@ impl Presence {
     }
 
     /// Gives the PublicIP up, so that the next daemon need not wait. Best effort.
-    pub async fn withdraw(self) {
+    pub async fn withdraw(&self) {
         if let Ok(Some(record)) = self.ours().await {
             // The record lapses by itself if this fails.
             let _ = self.registry.delete(&record).await;

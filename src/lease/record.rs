@@ -6,7 +6,7 @@ use std::{
     str::FromStr,
 };
 
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -47,6 +47,11 @@ impl Subnets {
     /// The IPv6 subnet, in a dual-stack network; its address is the network's.
     pub fn v6(&self) -> Option<Ipv6Net> {
         self.v6
+    }
+
+    /// Those there are, of both families.
+    pub fn nets(&self) -> impl Iterator<Item = IpNet> + use<> {
+        std::iter::once(IpNet::V4(self.v4)).chain(self.v6.map(IpNet::V6))
     }
 
     /// The lease's key, relative to the network's prefix.

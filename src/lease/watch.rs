@@ -2,7 +2,8 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::Arc,
+    net::Ipv4Addr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use tokio::sync::watch::Sender;
@@ -15,8 +16,60 @@ use crate::{
 
 use super::record::{BackendType, Lease, SUBNETS, Subnets, subnets_of};
 
-/// All other hosts that use this host's backend, by subnet.
-pub type PeerSet = BTreeMap<Subnets, Lease>;
+/// All other hosts that use this host's backend, by subnet. The leases are shared, so that the whole set can be published anew
+/// for each change to one of thousands.
+pub type PeerSet = BTreeMap<Subnets, Arc<Lease>>;
+
+/// The PublicIPs by which this host knows its own lease.
+#[derive(Debug, Clone)]
+pub struct OwnAddresses(Arc<Mutex<Addresses>>);
+
+#[derive(Debug)]
+struct Addresses {
+    /// The one that the host has and, while it changes, the one to come.
+    present: Vec<Ipv4Addr>,
+    /// All that this process has ever published or was about to: the watch may lag behind.
+    ever: Vec<Ipv4Addr>,
+}
+
+impl OwnAddresses {
+    /// The one.
+    pub fn new(address: Ipv4Addr) -> Self {
+        Self(Arc::new(Mutex::new(Addresses {
+            present: vec![address],
+            ever: vec![address],
+        })))
+    }
+
+    /// One to come.
+    pub fn add(&self, address: Ipv4Addr) {
+        let mut addresses = self.locked();
+        addresses.present.push(address);
+        if !addresses.ever.contains(&address) {
+            addresses.ever.push(address);
+        }
+    }
+
+    /// The others are not this host's any more.
+    pub fn settle(&self, address: Ipv4Addr) {
+        self.locked().present = vec![address];
+    }
+
+    /// Whether a host with this address is this one.
+    pub fn contain(&self, address: Ipv4Addr) -> bool {
+        self.locked().present.contains(&address)
+    }
+
+    /// Whether a record with this address may have been written by this process.
+    pub fn ever_contained(&self, address: Ipv4Addr) -> bool {
+        self.locked().ever.contains(&address)
+    }
+
+    /// Nobody panics while holding it.
+    fn locked(&self) -> MutexGuard<'_, Addresses> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 /// How many peers of one picture are told of one by one.
 const LINES: usize = 50;
@@ -33,9 +86,14 @@ pub struct Revoked {
 ///
 /// A watch that ends, for whatever reason, is begun again with a new picture; peers that are in both are left alone,
 /// because what is published is the whole set.
-pub async fn watch(registry: &dyn Registry, own: &Lease, peers: &Sender<Option<Arc<PeerSet>>>) -> Revoked {
+pub async fn watch(
+    registry: &dyn Registry,
+    own: &Lease,
+    addresses: &OwnAddresses,
+    peers: &Sender<Option<Arc<PeerSet>>>,
+) -> Revoked {
     let mut outage = Outage::of("watching the leases");
-    let mut view = View::new(own);
+    let mut view = View::new(own, addresses.clone());
     loop {
         let error = match registry.watch(SUBNETS).await {
             Err(error) => error,
@@ -68,7 +126,7 @@ pub async fn watch(registry: &dyn Registry, own: &Lease, peers: &Sender<Option<A
 /// The leases as last seen.
 struct View {
     own: Subnets,
-    own_public_ip: std::net::Ipv4Addr,
+    addresses: OwnAddresses,
     backend: BackendType,
     peers: PeerSet,
     /// Records that were warned of, so that each is once.
@@ -76,10 +134,10 @@ struct View {
 }
 
 impl View {
-    fn new(own: &Lease) -> Self {
+    fn new(own: &Lease, addresses: OwnAddresses) -> Self {
         Self {
             own: own.subnets,
-            own_public_ip: own.value.public_ip,
+            addresses,
             backend: own.value.backend_type.clone(),
             peers: PeerSet::new(),
             warned: HashMap::new(),
@@ -111,7 +169,7 @@ impl View {
                 let known = self.peers.remove(&subnets);
                 self.put(record)?;
                 match (self.peers.get(&subnets), known) {
-                    (Some(lease), known) => self.tell(known.as_ref(), lease),
+                    (Some(lease), known) => self.tell(known.as_deref(), lease),
                     (None, Some(_)) => info!("peer {} is gone", subnets.to_cidrs()),
                     (None, None) => {}
                 }
@@ -141,10 +199,10 @@ impl View {
             }
         };
         if lease.subnets == self.own {
-            if lease.value.public_ip != self.own_public_ip {
+            if !self.addresses.ever_contained(lease.value.public_ip) {
                 return Err(self.revoked(&format!("it now belongs to PublicIP {}", lease.value.public_ip)));
             }
-        } else if lease.value.public_ip == self.own_public_ip {
+        } else if self.addresses.contain(lease.value.public_ip) {
             // Left from before a reservation, say: packets sent there would come back here and go round until they die.
             let text = format!(
                 "skipping {}: it carries this host's PublicIP, but this host uses {}",
@@ -161,7 +219,7 @@ impl View {
             );
             self.warn_once(&record, &text);
         } else {
-            self.peers.insert(lease.subnets, lease);
+            self.peers.insert(lease.subnets, Arc::new(lease));
         }
         Ok(())
     }
@@ -179,7 +237,7 @@ impl View {
             return;
         }
         for (subnets, lease) in news {
-            self.tell(known.get(subnets), lease);
+            self.tell(known.get(subnets).map(|lease| &**lease), lease);
         }
         for gone in gone {
             info!("peer {} is gone", gone.to_cidrs());
@@ -230,6 +288,7 @@ mod tests {
     struct Fixture {
         registry: MemoryRegistry,
         peers: Receiver<Option<Arc<PeerSet>>>,
+        addresses: OwnAddresses,
         task: JoinHandle<Revoked>,
     }
 
@@ -246,8 +305,15 @@ mod tests {
         let own = Lease::from_record(&registry.get(OWN).await.unwrap().unwrap()).unwrap();
         let (publish, peers) = tokio::sync::watch::channel(None);
         let shared = registry.clone();
-        let task = tokio::spawn(async move { watch(&shared, &own, &publish).await });
-        Fixture { registry, peers, task }
+        let addresses = OwnAddresses::new(own.value.public_ip);
+        let known = addresses.clone();
+        let task = tokio::spawn(async move { watch(&shared, &own, &addresses, &publish).await });
+        Fixture {
+            registry,
+            peers,
+            addresses: known,
+            task,
+        }
     }
 
     impl Fixture {
@@ -355,6 +421,28 @@ mod tests {
                 usize::from(round) - 1
             );
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_change_of_ones_own_public_ip_that_was_announced_is_no_loss() {
+        let mut watch = start(&[("subnets/10.5.2.0-24", &value(2))]).await;
+        watch.expect(&["10.5.2.0-24@192.0.2.2"]).await;
+        watch.addresses.add(Ipv4Addr::new(192, 0, 2, 9));
+        watch.registry.put(OWN, &value(9)).await.unwrap();
+        watch.addresses.settle(Ipv4Addr::new(192, 0, 2, 9));
+        // The old address may be another host's now, and the new one is no peer's.
+        watch.registry.put("subnets/10.5.3.0-24", &value(1)).await.unwrap();
+        watch.registry.put("subnets/10.5.2.0-24", &value(9)).await.unwrap();
+        watch.expect(&["10.5.3.0-24@192.0.2.1"]).await;
+        watch.registry.put(OWN, &value(8)).await.unwrap();
+        assert!(
+            watch
+                .task
+                .await
+                .unwrap()
+                .to_string()
+                .contains("belongs to PublicIP 192.0.2.8")
+        );
     }
 
     #[tokio::test(start_paused = true)]

@@ -157,6 +157,9 @@ pub struct Vxlan {
     pub direct_routing: bool,
     /// The underlay's MTU; `None`: the external interface's.
     pub mtu: Option<u16>,
+    /// Whether the kernel may leave the device's checksums to the network card; `false` where they arrive broken, which
+    /// happens behind some NATs. A key of this program's own.
+    pub tx_checksum: bool,
 }
 
 /// A VXLAN network identifier: 24 bits (RFC 7348, section 5).
@@ -263,6 +266,7 @@ impl Backend {
                 learning: keys.flag("Learning")?.unwrap_or(false),
                 direct_routing: keys.flag("DirectRouting")?.unwrap_or(false),
                 mtu: keys.number_in("MTU", 0, MAX_PORT)?.filter(|mtu| *mtu != 0),
+                tx_checksum: keys.flag("TxChecksum")?.unwrap_or(true),
             }),
             BackendKind::HostGw => Backend::HostGw,
         })
@@ -286,6 +290,7 @@ impl Backend {
                 "Learning": vxlan.learning,
                 "DirectRouting": vxlan.direct_routing,
                 "MTU": vxlan.mtu,
+                "TxChecksum": vxlan.tx_checksum,
             }),
             Backend::HostGw => json!({ "Type": kind }),
         }
@@ -329,9 +334,10 @@ mod tests {
             learning: true,
             direct_routing: true,
             mtu: Some(1400),
+            tx_checksum: false,
         };
-        let vxlan =
-            r#"{"type":"VxLAN","vni":42,"PORT":4789,"Directrouting":true,"mtu":1400,"gbp":true,"learning":true}"#;
+        let vxlan = r#"{"type":"VxLAN","vni":42,"PORT":4789,"Directrouting":true,"mtu":1400,"gbp":true,"learning":true,
+            "txChecksum":false}"#;
         assert_eq!(backend(vxlan), Backend::Vxlan(expected));
         let expected = Udp {
             port: 8286,
@@ -363,6 +369,7 @@ mod tests {
             learning: false,
             direct_routing: false,
             mtu: None,
+            tx_checksum: true,
         };
         assert_eq!(backend(r#"{"Type":"vxlan"}"#), Backend::Vxlan(vxlan.clone()));
         assert_eq!(backend(r#"{"Type":"vxlan","Port":0,"MTU":0}"#), Backend::Vxlan(vxlan));

@@ -96,6 +96,13 @@ impl Board {
         self.notes().own = Some((own.clone(), left.map(|left| Instant::now() + left)));
     }
 
+    /// The lease says something else now; its time goes on.
+    pub fn republished(&self, lease: &record::Lease) {
+        if let Some((own, _)) = &mut self.notes().own {
+            own.clone_from(lease);
+        }
+    }
+
     /// How long the lease has after it was renewed.
     pub fn renewed(&self, left: Duration) {
         if let Some((_, expires)) = &mut self.notes().own {

@@ -12,6 +12,9 @@ use super::{
     tool::{LOCK_PATIENCE, Tool},
 };
 
+/// The chain, as nftables calls it, that [`Variant::Nft`] has its rules for forwarded packets of IPv4 in.
+pub(super) const NFT_FORWARD: &str = "ip filter FORWARD";
+
 /// The first version with `--random-fully`, and with `--wait` for `iptables-restore`.
 const RANDOM_AND_WAIT: Version = Version(1, 6, 2);
 
@@ -253,6 +256,21 @@ impl Iptables {
         self.infix
     }
 
+    /// Which one it is.
+    pub(super) fn is(&self, variant: Variant) -> bool {
+        self.about.variant == variant
+    }
+
+    /// Whether its FORWARD chain of IPv4 drops what no rule accepts.
+    pub(super) async fn drops_forwarded(&self) -> Result<bool, Error> {
+        let table = Job::Forward.table();
+        if self.is(Variant::Legacy) && !legacy_has(Family::V4, table) {
+            return Ok(false);
+        }
+        let saved = tool(Family::V4, self.infix, "-save")?.run(&["-t", table], "").await?;
+        Ok(saved.lines().any(|line| line.starts_with(":FORWARD DROP ")))
+    }
+
     /// For the log.
     pub(super) fn describe(&self) -> &'static str {
         match self.about.variant {
@@ -266,7 +284,7 @@ impl Iptables {
         let mut picture = Picture(Default::default());
         for (job, found) in Job::ALL.into_iter().zip(&mut picture.0) {
             // Asking the legacy variant for a table makes it, and each packet goes through it from then on.
-            if self.about.variant == Variant::Nft || legacy_has(family, job.table()) {
+            if self.is(Variant::Nft) || legacy_has(family, job.table()) {
                 let save = tool(family, self.infix, "-save")?;
                 *found = Found::parse(job, &save.run(&["-t", job.table()], "").await?);
             }

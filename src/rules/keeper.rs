@@ -76,10 +76,8 @@ pub(super) trait Tables {
     /// Whether it can be what `rules` look like once they are there.
     fn is_complete(picture: &Self::Picture, rules: &Rules) -> bool;
 
-    /// What drops forwarded packets all the same, for the log.
-    async fn obstacle(&self) -> Result<Option<String>, Error> {
-        Ok(None)
-    }
+    /// What drops forwarded packets of IPv4 whatever our rules accept.
+    async fn obstacle(&self) -> Result<Option<Obstacle>, Error>;
 }
 
 impl Tables for Iptables {
@@ -95,6 +93,14 @@ impl Tables for Iptables {
 
     fn is_complete(picture: &Self::Picture, rules: &Rules) -> bool {
         picture.is_complete(rules)
+    }
+
+    async fn obstacle(&self) -> Result<Option<Obstacle>, Error> {
+        if self.is(Variant::Nft) {
+            obstacle(Some(iptables::NFT_FORWARD), true).await
+        } else {
+            obstacle(None, false).await
+        }
     }
 }
 
@@ -113,9 +119,42 @@ impl Tables for Nftables {
         picture.is_complete(rules)
     }
 
-    async fn obstacle(&self) -> Result<Option<String>, Error> {
-        self.dropping_chain().await
+    async fn obstacle(&self) -> Result<Option<Obstacle>, Error> {
+        obstacle(None, true).await
     }
+}
+
+/// A chain of someone else whose policy is to drop. The kernel asks each chain at its place, and one that drops is enough.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Obstacle {
+    chain: String,
+    remedy: &'static str,
+}
+
+/// Looks for one besides our own chain in nftables, and in the tables of legacy iptables if those are not ours.
+async fn obstacle(ours: Option<&str>, in_legacy: bool) -> Result<Option<Obstacle>, Error> {
+    if let Some(nftables) = Nftables::find()
+        && let Some(chain) = nftables.dropping_chain(ours).await?
+    {
+        return Ok(Some(Obstacle {
+            remedy: if chain == iptables::NFT_FORWARD {
+                "`iptables-nft -P FORWARD ACCEPT`; for Docker \"ip-forward-no-drop\": true in its daemon.json"
+            } else {
+                "`nft chain FAMILY TABLE CHAIN '{ policy accept; }'`"
+            },
+            chain: format!("{chain} of nftables"),
+        }));
+    }
+    if in_legacy
+        && let Some(legacy) = Iptables::variant(Variant::Legacy)
+        && legacy.drops_forwarded().await?
+    {
+        return Ok(Some(Obstacle {
+            chain: "FORWARD of iptables-legacy".to_owned(),
+            remedy: "`iptables-legacy -P FORWARD ACCEPT`",
+        }));
+    }
+    Ok(None)
 }
 
 /// Keeps this host's rules in place.
@@ -250,14 +289,12 @@ async fn keep_with<T: Tables>(
                 debug!("cannot look for chains that drop what is forwarded: {error}");
                 None
             });
-            if let Some(chain) = &obstacle
+            if let Some(Obstacle { chain, remedy }) = &obstacle
                 && obstacle_said != obstacle
             {
                 warn!(
-                    "the policy of the chain {chain} is to drop what is forwarded, and in nftables no other chain's rules can \
-                     save a packet from that: unless rules in that chain itself accept the overlay's packets, set its policy to \
-                     accept (`iptables -P FORWARD ACCEPT`; \"ip-forward-no-drop\": true for Docker), or take EnableNFTables out \
-                     of the network's configuration"
+                    "the policy of the chain {chain} is to drop what is forwarded, and no other chain's rules, such as flanneld's, can save a \
+                     packet from that. Unless rules of its own accept the overlay's packets, set its policy to accept: {remedy}"
                 );
             }
             obstacle_said = obstacle;

@@ -93,7 +93,7 @@ const KUBE_PROXY_MARK: &str = "0x4000";
 /// Which packets a rule is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum When {
-    /// Those with the mark of what kube-proxy masquerades itself.
+    /// Those that kube-proxy has marked, to masquerade them itself.
     Marked,
     /// Those whose addresses are so; `None`: any.
     Addresses(Option<Within>, Option<Within>),

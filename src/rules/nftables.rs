@@ -163,14 +163,14 @@ impl Nftables {
         Ok(())
     }
 
-    /// The chain of someone else that drops what is forwarded, whatever ours accepts: in nftables a packet has to pass all chains.
-    pub(super) async fn dropping_chain(&self) -> Result<Option<String>, Error> {
-        Ok(dropping_chain(&self.0.run(&["list", "chains"], "").await?))
+    /// A chain, but for `ours`, that drops what is forwarded, whatever other chains accept: a packet has to pass all of them.
+    pub(super) async fn dropping_chain(&self, ours: Option<&str>) -> Result<Option<String>, Error> {
+        Ok(dropping_chain(&self.0.run(&["list", "chains"], "").await?, ours))
     }
 }
 
 /// Finds a chain of IPv4, or of both families, at the forward hook whose policy is to drop.
-fn dropping_chain(listed: &str) -> Option<String> {
+fn dropping_chain(listed: &str, ours: Option<&str>) -> Option<String> {
     let (mut table, mut chain) = ("", "");
     for line in listed.lines().map(str::trim) {
         let opened = line.strip_suffix(" {").unwrap_or_default();
@@ -180,8 +180,9 @@ fn dropping_chain(listed: &str) -> Option<String> {
             chain = name;
         } else if line.contains("hook forward") && line.contains("policy drop") {
             let sees_ipv4 = table.starts_with("ip ") || table.starts_with("inet ");
-            if sees_ipv4 {
-                return Some(format!("{table} {chain}"));
+            let found = format!("{table} {chain}");
+            if sees_ipv4 && ours != Some(&found) {
+                return Some(found);
             }
         }
     }
@@ -283,10 +284,16 @@ add rule ip flannel-ipv4 forward ip daddr 10.5.0.0/16 accept comment "flanneld f
                  \tchain FORWARD {{\n\t\ttype filter hook forward priority filter; policy {policy};\n\t}}\n}}\n"
             )
         };
-        assert_eq!(dropping_chain(&of("ip", "drop")).unwrap(), "ip filter FORWARD");
-        assert_eq!(dropping_chain(&of("inet", "drop")).unwrap(), "inet filter FORWARD");
-        assert_eq!(dropping_chain(&of("ip", "accept")), None);
-        assert_eq!(dropping_chain(&of("ip6", "drop")), None);
-        assert_eq!(dropping_chain(""), None);
+        let found = |listed: &str| dropping_chain(listed, None);
+        assert_eq!(found(&of("ip", "drop")).unwrap(), "ip filter FORWARD");
+        assert_eq!(found(&of("inet", "drop")).unwrap(), "inet filter FORWARD");
+        assert_eq!(found(&of("ip", "accept")), None);
+        assert_eq!(found(&of("ip6", "drop")), None);
+        assert_eq!(found(""), None);
+        let both = of("ip", "drop") + &of("inet", "drop");
+        assert_eq!(
+            dropping_chain(&both, Some("ip filter FORWARD")).unwrap(),
+            "inet filter FORWARD"
+        );
     }
 }

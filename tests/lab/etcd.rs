@@ -18,6 +18,7 @@ use std::{
     time::Duration,
 };
 
+use flannel::lab::{Lab, Segment};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -64,6 +65,15 @@ impl Default for EtcdOptions {
 }
 
 impl EtcdOptions {
+    /// In the namespace of the lab's switch, where all hosts reach it.
+    pub(crate) fn on_switch(lab: &Lab) -> EtcdOptions {
+        EtcdOptions {
+            address: Segment::First.switch_address().into(),
+            namespace: Some(lab.switch().name().to_owned()),
+            ..EtcdOptions::default()
+        }
+    }
+
     pub(crate) fn url(&self) -> String {
         let scheme = if self.tls { "https" } else { "http" };
         format!("{scheme}://{}:{}", self.host(), self.port)

@@ -4,17 +4,21 @@
 
 pub(crate) mod certificates;
 pub(crate) mod etcd;
+pub(crate) mod flow;
+pub(crate) mod original;
 pub(crate) mod pair;
 pub(crate) mod plain_peer;
+pub(crate) mod programmed;
 pub(crate) mod seccomp;
 pub(crate) mod stream;
 pub(crate) mod traffic;
 pub(crate) mod wire;
 
+use etcd::{EtcdOptions, EtcdServer};
 use flannel::lab::{
     self, Container, Host, HostOptions, Lab, LabError, Namespace, Ping, Process, SubnetEnv, wait_for, wait_until,
 };
-use ipnet::Ipv6Net;
+use ipnet::{Ipv4Net, Ipv6Net};
 use nix::sys::signal::Signal;
 use std::{
     ffi::OsStr,
@@ -279,6 +283,13 @@ impl Daemon {
         self.remember_log();
     }
 
+    /// As [`Daemon::kill9`], unless it has ended already.
+    pub(crate) fn kill9_if_running(&mut self) {
+        if self.process.is_some() {
+            self.kill9();
+        }
+    }
+
     /// What it has logged in the run under way, or else in the last one.
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.dir.join(format!("{}.{}.log", self.name, self.runs))).unwrap_or_default()
@@ -301,6 +312,12 @@ impl Daemon {
             exited.unwrap(),
             self.log()
         );
+    }
+
+    /// Fails the test when it has complained of anything.
+    pub(crate) fn assert_content(&self) {
+        let log = self.log();
+        assert!(!log.contains("WARN") && !log.contains("ERROR"), "{}: {log}", self.name);
     }
 
     fn remember_log(&mut self) {
@@ -375,6 +392,38 @@ impl Overlay {
             hosts,
             registry,
             lab,
+        }
+    }
+
+    /// `count` hosts on an etcd of their own in the switch's namespace, with this network configuration.
+    pub(crate) fn start_on_etcd(name: &str, config: &str, count: usize) -> (Overlay, EtcdServer) {
+        let plain = vec![(HostOptions::default(), &[][..]); count];
+        Overlay::start_hosts_on_etcd(name, config, &plain)
+    }
+
+    /// As [`Overlay::start_on_etcd`], with hosts that differ, see [`Overlay::start_hosts`].
+    pub(crate) fn start_hosts_on_etcd(
+        name: &str,
+        config: &str,
+        wanted: &[(HostOptions, &[&str])],
+    ) -> (Overlay, EtcdServer) {
+        let lab = new_lab(name);
+        let server = EtcdServer::start_with(EtcdOptions::on_switch(&lab));
+        let registry = Registry::etcd(&server.url());
+        (Overlay::start_hosts(lab, registry, config, wanted), server)
+    }
+
+    /// The subnet of host `index`.
+    pub(crate) fn subnet(&self, index: usize) -> Ipv4Net {
+        self.daemons[index].subnet().subnet.trunc()
+    }
+
+    /// Ends all daemons in this way, then starts them again and waits until they are ready.
+    pub(crate) fn restart_all(&mut self, end: impl Fn(&mut Daemon)) {
+        self.daemons.iter_mut().for_each(end);
+        self.daemons.iter_mut().for_each(Daemon::start);
+        for daemon in &mut self.daemons {
+            daemon.wait_ready();
         }
     }
 

@@ -132,7 +132,8 @@ impl Pair {
 pub(crate) struct Asleep(Pid);
 
 impl Asleep {
-    fn new(process: Pid) -> Asleep {
+    /// Returns when all of its threads have stopped.
+    pub(crate) fn new(process: Pid) -> Asleep {
         kill(process, Signal::SIGSTOP).unwrap();
         let asleep = Asleep(process);
         let stopped = |task: io::Result<DirEntry>| {

@@ -2,6 +2,7 @@
 
 use super::inside;
 use flannel::lab::Container;
+use nix::sys::socket::{setsockopt, sockopt::RcvBufForce};
 use std::{
     collections::BTreeSet,
     io,
@@ -16,6 +17,10 @@ use std::{
 
 /// Any port will do in a container of its own.
 const PORT: u16 = 7000;
+
+/// What the receiver's kernel may hold, so that a receiver that waits for a processor loses nothing: some 5,000 datagrams by the
+/// kernel's accounting.
+const BUFFER_BYTES: usize = 4 << 20;
 
 /// When nothing has come for this long after the sender's end, nothing is under way any more.
 const QUIET: Duration = Duration::from_millis(300);
@@ -56,6 +61,7 @@ impl Stream {
     pub(crate) fn start(from: &Container, to: &Container, interval: Duration) -> Stream {
         let receiving = inside(&to.ns, || UdpSocket::bind((to.ip, PORT))).unwrap();
         receiving.set_read_timeout(Some(QUIET)).unwrap();
+        setsockopt(&receiving, RcvBufForce, &BUFFER_BYTES).unwrap();
         let sending = inside(&from.ns, || UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))).unwrap();
         let stop = Arc::new(AtomicBool::new(false));
         let (target, stop_sending, stop_receiving) = ((to.ip, PORT), Arc::clone(&stop), Arc::clone(&stop));

@@ -4,14 +4,16 @@ use crate::lab::{Ping, Rtt};
 use comfy_table::{CellAlignment, Table, presets};
 use std::net::Ipv4Addr;
 
-/// Two containers, and what the ping from one to the other came to; `None`: ping did not get as far as sending.
+/// Two containers, and what came of the ping from one to the other.
 #[derive(Clone, Debug)]
 pub(super) struct PairResult {
     /// Name and address of the sender.
     pub(super) from: (String, Ipv4Addr),
     /// Name and address of the one that answers.
     pub(super) to: (String, Ipv4Addr),
-    /// The outcome.
+    /// The device by which the sender's host sends to the other; `None`: it has no route.
+    pub(super) path: Option<String>,
+    /// The outcome; `None`: ping did not get as far as sending.
     pub(super) ping: Option<Ping>,
 }
 
@@ -26,7 +28,7 @@ impl PairResult {
 pub(super) fn ping_table(pairs: &[PairResult]) -> String {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING);
-    table.set_header(["FROM", "TO", "ANSWERS", "RTT MIN", "RTT AVG", "TTL"]);
+    table.set_header(["FROM", "TO", "PATH", "ANSWERS", "RTT MIN", "RTT AVG", "TTL"]);
     for pair in pairs {
         let end = |(name, ip): &(String, Ipv4Addr)| format!("{name} {ip}");
         let (answers, [min, avg], ttl) = match pair.ping {
@@ -42,12 +44,13 @@ pub(super) fn ping_table(pairs: &[PairResult]) -> String {
             ),
             _ => ("FAILED".to_owned(), ["-", "-"].map(str::to_owned), "-".to_owned()),
         };
-        table.add_row([end(&pair.from), end(&pair.to), answers, min, avg, ttl]);
+        let path = pair.path.clone().unwrap_or_else(|| "-".to_owned());
+        table.add_row([end(&pair.from), end(&pair.to), path, answers, min, avg, ttl]);
     }
     for column in table.column_iter_mut() {
         column.set_padding((0, 2));
     }
-    for column in table.column_iter_mut().skip(2) {
+    for column in table.column_iter_mut().skip(3) {
         column.set_cell_alignment(CellAlignment::Right);
     }
     table.trim_fmt()
@@ -70,12 +73,13 @@ mod tests {
         PairResult {
             from: ("c1".to_owned(), Ipv4Addr::new(10, 5, 1, 2)),
             to: ("c2".to_owned(), Ipv4Addr::new(10, 5, 2, 2)),
+            path: ping.map(|_| "flannel.1".to_owned()),
             ping,
         }
     }
 
     #[test]
-    fn answered_pair_shows_times_and_ttl() {
+    fn answered_pair_shows_path_times_and_ttl() {
         let ping = Ping {
             sent: 5,
             received: 4,
@@ -87,7 +91,17 @@ mod tests {
         assert_eq!(
             words,
             [
-                "c1", "10.5.1.2", "c2", "10.5.2.2", "4/5", "0.061", "ms", "0.100", "ms", "60"
+                "c1",
+                "10.5.1.2",
+                "c2",
+                "10.5.2.2",
+                "flannel.1",
+                "4/5",
+                "0.061",
+                "ms",
+                "0.100",
+                "ms",
+                "60"
             ]
         );
     }

@@ -1,0 +1,55 @@
+//! What others had changed in the kernel and was put right, counted.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use crate::{
+    kernel::entries::Operation,
+    network::BackendKind,
+    observe::{
+        board::Report,
+        status::{Backend, BackendReport},
+    },
+};
+
+/// How often, by what it was. Clones share the count.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Repairs(Arc<Mutex<BTreeMap<&'static str, u64>>>);
+
+impl Repairs {
+    pub(super) fn count(&self, what: &'static str) {
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *counts.entry(what).or_default() += 1;
+    }
+
+    pub(super) fn count_operation(&self, operation: &Operation) {
+        self.count(match operation {
+            Operation::PutRoute(_) | Operation::RemoveRoute(_) | Operation::RemoveFoundRoute(_) => "route",
+            Operation::PutNeighbour(_) | Operation::RemoveNeighbour(_) => "neighbour",
+            Operation::PutFdb(_) | Operation::RemoveFdb(_) => "fdb",
+        });
+    }
+
+    /// What a backend tells that leaves the packets to the kernel.
+    pub(super) fn report(&self, kind: BackendKind, device: Option<String>, mtu: u32) -> Report {
+        let repairs = self.clone();
+        Arc::new(move || {
+            let counts = repairs.0.lock().unwrap_or_else(PoisonError::into_inner);
+            BackendReport {
+                backend: Backend {
+                    kind: kind.name().to_owned(),
+                    device: device.clone(),
+                    mtu,
+                    repairs: counts
+                        .iter()
+                        .map(|(what, count)| ((*what).to_owned(), *count))
+                        .collect(),
+                    engine: None,
+                },
+                traffic: None,
+            }
+        })
+    }
+}

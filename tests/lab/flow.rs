@@ -1,0 +1,99 @@
+//! Flows between two containers that must outlive whatever happens to the daemons: UDP of which no datagram may be lost, and a
+//! TCP connection.
+
+use super::{PATIENCE, inside, stream::Stream, traffic::new_port};
+use flannel::lab::Container;
+use std::{
+    io::{ErrorKind, Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+/// 1,000 datagrams, and messages over TCP, a second.
+const INTERVAL: Duration = Duration::from_millis(1);
+
+/// Both kinds of flow under way.
+pub(crate) struct Flows {
+    udp: Stream,
+    tcp: TcpFlow,
+}
+
+impl Flows {
+    /// Starts them from one container to the other, which must be reachable.
+    pub(crate) fn start(from: &Container, to: &Container) -> Flows {
+        Flows {
+            udp: Stream::start(from, to, INTERVAL),
+            tcp: TcpFlow::start(from, to),
+        }
+    }
+
+    /// Ends them, and fails the test if the connection did not hold; datagrams may have been lost.
+    pub(crate) fn finish(self) {
+        self.udp.finish();
+        self.tcp.finish();
+    }
+
+    /// Ends them, and fails the test if a single datagram was lost or the connection did not hold.
+    pub(crate) fn finish_without_loss(self) {
+        let report = self.udp.finish();
+        assert_eq!(report.lost, [0; 0], "of {} datagrams", report.sent);
+        self.tcp.finish();
+    }
+}
+
+/// A TCP connection with a numbered message each [`INTERVAL`].
+struct TcpFlow {
+    stop: Arc<AtomicBool>,
+    sender: JoinHandle<u64>,
+    receiver: JoinHandle<u64>,
+}
+
+impl TcpFlow {
+    fn start(from: &Container, to: &Container) -> TcpFlow {
+        let address = SocketAddr::from((to.ip, new_port()));
+        let listener = inside(&to.ns, || TcpListener::bind(address)).unwrap();
+        let mut sending = inside(&from.ns, || TcpStream::connect_timeout(&address, PATIENCE)).unwrap();
+        let mut receiving = listener.accept().unwrap().0;
+        sending.set_nodelay(true).unwrap();
+        sending.set_write_timeout(Some(PATIENCE)).unwrap();
+        receiving.set_read_timeout(Some(PATIENCE)).unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopping = Arc::clone(&stop);
+        let sender = thread::spawn(move || {
+            let (start, mut sent) = (Instant::now(), 0_u64);
+            while !stopping.load(Ordering::Relaxed) {
+                sending.write_all(&sent.to_be_bytes()).unwrap();
+                sent += 1;
+                let due = start + INTERVAL.mul_f64(sent as f64);
+                thread::sleep(due.saturating_duration_since(Instant::now()));
+            }
+            sent
+        });
+        let receiver = thread::spawn(move || {
+            let mut received = 0_u64;
+            let mut message = [0; 8];
+            loop {
+                match receiving.read_exact(&mut message) {
+                    Ok(()) => assert_eq!(u64::from_be_bytes(message), received, "TCP is in order"),
+                    // The sender has closed it.
+                    Err(error) if error.kind() == ErrorKind::UnexpectedEof => return received,
+                    Err(error) => panic!("the connection did not hold: {error}"),
+                }
+                received += 1;
+            }
+        });
+        TcpFlow { stop, sender, receiver }
+    }
+
+    fn finish(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let sent = self.sender.join().unwrap();
+        assert_eq!(self.receiver.join().unwrap(), sent, "messages over TCP");
+        assert!(sent > 0, "nothing was sent");
+    }
+}
