@@ -8,6 +8,7 @@
 //! | [`cli`] | the command line, and a file for each subcommand |
 //! | [`lab`] | hosts and containers as network namespaces, for the demo and the tests |
 //! | [`daemon`] | the run: wires the rest together, and takes it down in order |
+//! | [`doctor`] | what is wrong on a host, and what to do about it |
 //! | [`backend`] | the desired peers become state: [`backend::udp`], [`backend::vxlan`], [`backend::host_gw`] |
 //! | [`rules`] | masquerade and forward rules, by iptables or nftables |
 //! | [`lease`] | choosing, taking, keeping and watching subnets |
@@ -30,6 +31,7 @@
 pub mod backend;
 pub mod cli;
 pub mod daemon;
+pub mod doctor;
 pub mod engine;
 mod json;
 pub mod kernel;

@@ -398,7 +398,10 @@ impl Reader {
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// Nobody has written one, or the prefix is another one.
-    #[error("{}", missing(key, registry, similar))]
+    #[error(
+        "no network configuration at {key} in {registry}; {}",
+        write_it(key, registry, similar)
+    )]
     Missing {
         /// The full key that was looked for.
         key: String,
@@ -420,8 +423,24 @@ pub enum LoadError {
     Registry(#[from] registry::Error),
 }
 
-fn missing(key: &str, registry: &str, similar: &[String]) -> String {
-    let mut text = format!("no network configuration at {key} in {registry}; ");
+impl LoadError {
+    /// What to do about it, where that is the same for everybody.
+    pub fn remedy(&self) -> Option<String> {
+        match self {
+            LoadError::Missing { key, registry, similar } => Some(write_it(key, registry, similar)),
+            LoadError::Invalid { .. } => Some(
+                "show it with `flanneld network get`, and write a right one with `flanneld network set`; then restart flanneld \
+                 on all hosts"
+                    .to_owned(),
+            ),
+            LoadError::Registry(_) => None,
+        }
+    }
+}
+
+/// What to do about a configuration that is missing.
+fn write_it(key: &str, registry: &str, similar: &[String]) -> String {
+    let mut text = String::new();
     let prefixes: Vec<&str> = similar.iter().filter_map(|key| key.strip_suffix("/config")).collect();
     if !prefixes.is_empty() {
         let list = prefixes.join(" or --etcd-prefix ");

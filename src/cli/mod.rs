@@ -4,6 +4,7 @@
 
 pub mod demo;
 pub mod docker_opts;
+pub mod doctor;
 mod go_flags;
 pub mod leases;
 pub mod network;
@@ -28,6 +29,7 @@ use clap::{
 
 pub use self::{
     docker_opts::DockerOptsArgs,
+    doctor::DoctorArgs,
     leases::LeasesArgs,
     network::NetworkArgs,
     pages::{CompletionsArgs, ManArgs},
@@ -88,6 +90,8 @@ pub enum Action {
     Leases(LeasesArgs),
     /// Show what this host's daemon is doing
     Status(StatusArgs),
+    /// Find what is wrong on this host, and what to do about it
+    Doctor(DoctorArgs),
     /// Build a network of several hosts on this machine and try it out
     Demo(DemoArgs),
     /// Write Docker's options from the subnet file, as mk-docker-opts.sh
@@ -193,6 +197,10 @@ pub fn execute(invocation: Invocation) -> ExitCode {
         Action::Demo(args) => {
             return demo::run(&args).map_or_else(|error| failed(&error, error.exit_code()), |()| ExitCode::SUCCESS);
         }
+        Action::Doctor(args) => {
+            let wrong = doctor::run(&args, &invocation.registry, &mut io::stdout());
+            return wrong.map_or_else(|error| failed(&error, 1), |wrong| ExitCode::from(u8::from(wrong)));
+        }
         Action::Status(args) => status::run(&args, &mut io::stdout()).map_err(Into::into),
         Action::DockerOpts(args) => docker_opts::run(&args).map_err(AnyError::from),
         Action::Man(args) => pages::man(&args, command(), &mut io::stdout()).map_err(AnyError::from),
@@ -232,16 +240,19 @@ fn failed(error: &dyn std::error::Error, code: u8) -> ExitCode {
 
 /// The whole of the command line, for [`parse`] and for manual pages.
 pub fn command() -> Command {
-    Cli::command().mut_args(|arg| {
-        // An empty variable is an unset one, as in the original: service files are full of `FLANNELD_IFACE=`.
-        let empty = arg
-            .get_env()
-            .and_then(env::var_os)
-            .is_some_and(|value| value.is_empty());
-        let arg = if empty { arg.env(None::<&'static str>) } else { arg };
+    Cli::command()
         // The help says once how they are named.
-        go_flags::as_go_boolean(arg.hide_env(true))
-    })
+        .mut_args(|arg| go_flags::as_go_boolean(without_empty_env(arg).hide_env(true)))
+        .mut_subcommands(|subcommand| subcommand.mut_args(without_empty_env))
+}
+
+/// An empty variable is an unset one, as in the original: service files are full of `FLANNELD_IFACE=`.
+fn without_empty_env(arg: Arg) -> Arg {
+    let empty = arg
+        .get_env()
+        .and_then(env::var_os)
+        .is_some_and(|value| value.is_empty());
+    if empty { arg.env(None::<&'static str>) } else { arg }
 }
 
 #[cfg(test)]

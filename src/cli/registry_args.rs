@@ -76,7 +76,12 @@ impl RegistryArgs {
         if let Some(dir) = &self.registry_dir {
             return Ok(Arc::new(FileRegistry::open(dir, &self.etcd_prefix)?));
         }
-        Ok(Arc::new(EtcdRegistry::connect(EtcdConfig {
+        Ok(Arc::new(EtcdRegistry::connect(self.etcd_config())?))
+    }
+
+    /// What the flags say of etcd.
+    pub fn etcd_config(&self) -> EtcdConfig {
+        EtcdConfig {
             endpoints: self.etcd_endpoints.clone(),
             prefix: self.etcd_prefix.clone(),
             ca_file: self.etcd_cafile.clone(),
@@ -84,7 +89,7 @@ impl RegistryArgs {
             key_file: self.etcd_keyfile.clone(),
             username: self.etcd_username.clone(),
             password: self.etcd_password.as_ref().map(|password| password.expose().to_owned()),
-        })?))
+        }
     }
 
     /// Settles what was given together but excludes each other. The command line wins over the environment, and that over

@@ -356,7 +356,8 @@ pub(super) fn public_ip(text: &str) -> Result<Ipv4Addr, String> {
     Ok(address)
 }
 
-fn regex(text: &str) -> Result<Regex, String> {
+/// A pattern for `--iface-regex`.
+pub(super) fn regex(text: &str) -> Result<Regex, String> {
     // The crate draws a picture of several lines, and the last one says what is wrong: `error: unclosed group`.
     Regex::new(text).map_err(|error| {
         let picture = error.to_string();

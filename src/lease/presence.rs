@@ -25,6 +25,8 @@ use tracing::{debug, warn};
 
 use crate::registry::{self, Registry};
 
+/// What the records' keys begin with, relative to the network's prefix.
+const HOSTS: &str = "hosts/";
 /// How long a record outlives its daemon: a host that lost power is back no sooner.
 const TTL: Duration = Duration::from_secs(30);
 /// How often it is refreshed: two refreshes may be lost.
@@ -95,6 +97,39 @@ pub enum ClaimError {
     Registry(#[from] registry::Error),
 }
 
+/// Whose record it is that claims a PublicIP.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holder {
+    /// The name of the host where that daemon runs.
+    pub hostname: String,
+    /// It runs, or ran, where this process does: on this machine since it started, in this network namespace.
+    pub here: bool,
+    /// It runs on a host of this one's name: this one before it was started anew, say.
+    pub same_name: bool,
+}
+
+impl Holder {
+    /// Reads all records of the registry's network; those that are none are left out.
+    ///
+    /// # Errors
+    /// The registry's, or that this host does not tell who it is.
+    pub async fn all(registry: &dyn Registry) -> Result<Vec<(Ipv4Addr, Holder)>, ClaimError> {
+        let (own, _alive) = Instance::of_this_process()?;
+        let records = registry.list(HOSTS).await?;
+        let holders = records.iter().filter_map(|record| {
+            let address = record.key.strip_prefix(HOSTS)?.parse().ok()?;
+            let instance: Instance = serde_json::from_slice(&record.value).ok()?;
+            let holder = Holder {
+                here: instance.boot == own.boot && instance.network_namespace == own.network_namespace,
+                same_name: instance.hostname == own.hostname,
+                hostname: instance.hostname,
+            };
+            Some((address, holder))
+        });
+        Ok(holders.collect())
+    }
+}
+
 impl Presence {
     /// Claims `public_ip` for this process. Takes up to half a minute when another's record is there and only time can tell
     /// whether that daemon is alive, and longer if etcd elects a leader meanwhile.
@@ -106,7 +141,7 @@ impl Presence {
         let presence = Self {
             registry: Arc::clone(registry),
             public_ip,
-            key: format!("hosts/{public_ip}"),
+            key: format!("{HOSTS}{public_ip}"),
             // A struct of strings and a number always has a JSON form.
             value: serde_json::to_vec(&instance).unwrap_or_default(),
             instance,

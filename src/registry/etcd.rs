@@ -23,7 +23,7 @@ use etcd_client::{
     TxnResponse, WatchOptions, WatchResponse, WatchStream,
 };
 
-pub use self::config::{ConfigError, EtcdConfig};
+pub use self::config::{ConfigError, EtcdConfig, Member};
 use self::{
     connection::{Cluster, Connection, Repeat},
     reason::{Fault, NO_LEADER},

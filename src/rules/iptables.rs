@@ -246,6 +246,16 @@ impl Iptables {
         }
     }
 
+    /// The variant that it is.
+    pub(super) fn used(&self) -> Variant {
+        self.about.variant
+    }
+
+    /// What stands between `iptables` and `-save`.
+    pub(super) fn infix(&self) -> &'static str {
+        self.infix
+    }
+
     /// Which one it is.
     pub(super) fn is(&self, variant: Variant) -> bool {
         self.about.variant == variant
@@ -316,9 +326,14 @@ fn program(family: Family, infix: &str, suffix: &str) -> String {
     format!("{name}{infix}{suffix}")
 }
 
-fn tool(family: Family, infix: &str, suffix: &str) -> Result<Tool, Error> {
+pub(super) fn tool(family: Family, infix: &str, suffix: &str) -> Result<Tool, Error> {
     let program = program(family, infix, suffix);
     Tool::find(&program).ok_or(Error::NoFamilyTool { family, program })
+}
+
+/// Whether there can be IPv4 rules of the variant: the legacy one has none before it was asked for a table.
+pub(super) fn may_have_rules(variant: Variant) -> bool {
+    variant == Variant::Nft || Job::ALL.into_iter().any(|job| legacy_has(Family::V4, job.table()))
 }
 
 /// Whether the legacy variant has this table.

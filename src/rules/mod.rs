@@ -10,6 +10,7 @@
 mod host;
 pub mod iptables;
 mod keeper;
+pub mod look;
 pub mod nftables;
 mod tool;
 

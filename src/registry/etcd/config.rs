@@ -135,6 +135,17 @@ pub enum ConfigError {
     },
 }
 
+/// Where a member of the cluster is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
+    /// Its URL, for people.
+    pub url: String,
+    /// Its name or address; an IPv6 address without brackets.
+    pub host: String,
+    /// Its port for clients.
+    pub port: u16,
+}
+
 /// One member of the cluster.
 #[derive(Debug, Clone)]
 pub(super) struct Server {
@@ -157,6 +168,23 @@ pub(super) struct Credentials {
 }
 
 impl EtcdConfig {
+    /// Where the members are that are to be asked.
+    ///
+    /// # Errors
+    /// What the user must mend in the flags.
+    pub fn members(&self) -> Result<Vec<Member>, ConfigError> {
+        let members = self.servers()?.into_iter().map(|server| {
+            let uri = server.endpoint.uri();
+            let host = uri.host().unwrap_or_default();
+            Member {
+                host: host.trim_matches(['[', ']']).to_owned(),
+                port: uri.port_u16().unwrap_or(DEFAULT_PORT),
+                url: server.url,
+            }
+        });
+        Ok(members.collect())
+    }
+
     pub(super) fn servers(&self) -> Result<Vec<Server>, ConfigError> {
         let tls = self.tls()?;
         let servers: Vec<Server> = self

@@ -1,0 +1,502 @@
+//! Whether this host forwards packets between its containers and the overlay.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use serde_json::Value;
+use tokio::time::timeout;
+
+use super::{
+    Check, Group, LOCAL_PATIENCE, Other, Own, Picture,
+    chains::{Packet, Table, Walk},
+    sysctl,
+};
+use crate::{
+    kernel::{Kernel, Link, external::External},
+    network::BackendKind,
+    rules::look,
+};
+
+/// The rules of this host, whoever made them.
+#[derive(Debug, Default)]
+pub(super) struct Rules {
+    /// By iptables: the variant's name, and what `iptables-save` says or why not.
+    iptables: Vec<(&'static str, Result<String, String>)>,
+    /// By nftables, as its JSON; `None`: not installed.
+    nftables: Option<Result<String, String>>,
+}
+
+impl Rules {
+    pub(super) async fn look() -> Rules {
+        let late = || format!("no answer within {} s", LOCAL_PATIENCE.as_secs());
+        let (iptables, nftables) = tokio::join!(
+            timeout(LOCAL_PATIENCE, look::iptables_saved()),
+            timeout(LOCAL_PATIENCE, look::nft_ruleset())
+        );
+        let words = |said: Result<String, crate::rules::Error>| said.map_err(|error| error.to_string());
+        Rules {
+            iptables: match iptables {
+                Ok(saved) => saved.into_iter().map(|(name, said)| (name, words(said))).collect(),
+                Err(_) => vec![("iptables", Err(late()))],
+            },
+            nftables: match nftables {
+                Ok(listed) => listed.map(words),
+                Err(_) => Some(Err(late())),
+            },
+        }
+    }
+
+    /// One table of each variant of iptables.
+    pub(super) fn tables<'a>(&'a self, name: &'a str) -> impl Iterator<Item = (&'static str, Table)> + 'a {
+        let saved = self.iptables.iter();
+        saved.filter_map(move |(variant, saved)| Some((*variant, Table::parse(saved.as_deref().ok()?, name))))
+    }
+
+    /// Why rules could not be looked at.
+    fn unseen(&self) -> impl Iterator<Item = &str> {
+        let iptables = self.iptables.iter().filter_map(|(_, saved)| saved.as_ref().err());
+        let nftables = self.nftables.iter().filter_map(|listed| listed.as_ref().err());
+        iptables.chain(nftables).map(String::as_str)
+    }
+
+    /// The lists of chains and rules that nftables has.
+    fn nft(&self) -> Vec<Value> {
+        let listed = self.nftables.as_ref().and_then(|listed| listed.as_ref().ok());
+        let parsed: Option<Value> = listed.and_then(|listed| serde_json::from_str(listed).ok());
+        match parsed.as_ref().map(|parsed| &parsed["nftables"]) {
+            Some(Value::Array(all)) => all.clone(),
+            _ => Vec::new(),
+        }
+    }
+}
+
+/// Where packets to a source would leave: what is asked when one comes from there and the reverse path is checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Way {
+    /// From where.
+    from: Ipv4Addr,
+    /// For people.
+    whose: String,
+    /// The interface that its packets come in by.
+    arrives: String,
+    /// The one that packets to it leave by.
+    leaves: String,
+}
+
+/// The kernel's settings, and the ways back.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Ways {
+    ways: Vec<Way>,
+    /// `net.ipv4.ip_forward`
+    forward: Option<String>,
+    /// `rp_filter` of all interfaces, and of those that packets come in by.
+    all: Option<String>,
+    each: Vec<(String, Option<String>)>,
+}
+
+impl Ways {
+    pub(super) fn look(own: &Own, external: Option<&External>, others: &[Other]) -> Ways {
+        let mut wanted: Vec<(Ipv4Addr, String, Link)> = Vec::new();
+        let Ok(mut kernel) = Kernel::open() else {
+            return Ways::default();
+        };
+        let links = kernel.links().unwrap_or_default();
+        let external = external.and_then(|external| links.iter().find(|link| link.index == external.index));
+        for other in others {
+            if let Some(external) = external {
+                let whose = format!("datagrams of host {}", other.public_ip);
+                wanted.push((other.public_ip, whose, external.clone()));
+            }
+            if let Some(device) = &own.device {
+                let whose = format!("packets of containers in {}", other.subnet);
+                wanted.push((other.subnet.network(), whose, device.clone()));
+            }
+        }
+        let to: Vec<IpAddr> = wanted.iter().map(|(address, ..)| IpAddr::V4(*address)).collect();
+        let paths = kernel.paths(&to).unwrap_or_default();
+        let ways = wanted
+            .into_iter()
+            .zip(paths)
+            .filter_map(|((from, whose, arrives), path)| {
+                let leaves = path.and_then(|path| links.iter().find(|link| link.index == path.link));
+                Some(Way {
+                    from,
+                    whose,
+                    arrives: arrives.name,
+                    leaves: leaves?.name.clone(),
+                })
+            });
+        let interfaces = external.into_iter().chain(&own.device);
+        Ways {
+            ways: ways.collect(),
+            forward: sysctl("ipv4/ip_forward"),
+            all: sysctl("ipv4/conf/all/rp_filter"),
+            each: interfaces
+                .map(|link| (link.name.clone(), sysctl(&format!("ipv4/conf/{}/rp_filter", link.name))))
+                .collect(),
+        }
+    }
+
+    /// Whether the interface drops what it would not send back by itself: 1 is strict, 2 loose, and the larger of the two
+    /// settings counts (kernel, ip-sysctl.rst).
+    fn is_strict(&self, interface: &str) -> bool {
+        let number = |value: Option<&String>| value.and_then(|value| value.parse::<u8>().ok()).unwrap_or(0);
+        let each = self.each.iter().find(|(name, _)| name == interface);
+        number(self.all.as_ref()).max(number(each.and_then(|(_, value)| value.as_ref()))) == 1
+    }
+}
+
+pub(super) fn judge(
+    own: &Own,
+    picture: &Picture,
+    ways: &Ways,
+    rules: &Rules,
+    bridge: Option<&Link>,
+    masquerade: bool,
+) -> Vec<Check> {
+    let mut checks = vec![ip_forward(ways), reverse_path(ways)];
+    checks.extend(rules.unseen().map(|why| Check::unseen(Group::Forwarding, "rules", why)));
+    checks.push(forward(own, rules, bridge));
+    if masquerade {
+        checks.push(masquerades(own, picture, rules));
+    }
+    checks
+}
+
+fn ip_forward(ways: &Ways) -> Check {
+    const NAME: &str = "ip-forward";
+    match ways.forward.as_deref() {
+        None => Check::unseen(Group::Forwarding, NAME, "no net.ipv4.ip_forward here"),
+        Some("0") => Check::fail(
+            Group::Forwarding,
+            NAME,
+            "net.ipv4.ip_forward is 0: this host forwards nothing, so its containers reach no other host",
+            "`sysctl -w net.ipv4.ip_forward=1`, and the same in a file in /etc/sysctl.d for the next boot",
+        ),
+        Some(_) => Check::ok(Group::Forwarding, NAME, "net.ipv4.ip_forward is on"),
+    }
+}
+
+fn reverse_path(ways: &Ways) -> Check {
+    const NAME: &str = "rp-filter";
+    let strays = |way: &&Way| way.arrives != way.leaves && ways.is_strict(&way.arrives);
+    match ways.ways.iter().find(strays) {
+        None => Check::ok(Group::Forwarding, NAME, "drops nothing of the other hosts"),
+        Some(Way {
+            from,
+            whose,
+            arrives,
+            leaves,
+        }) => Check::fail(
+            Group::Forwarding,
+            NAME,
+            format!(
+                "{whose} come in by {arrives}, the way back to {from} leaves by {leaves}, and rp_filter is strict (1): the kernel \
+                 drops them"
+            ),
+            format!(
+                "mend the route (`ip route get {from}`), or `sysctl -w net.ipv4.conf.{arrives}.rp_filter=2` (the larger of this \
+                 and net.ipv4.conf.all.rp_filter counts)"
+            ),
+        ),
+    }
+}
+
+/// Addresses and interfaces of a container here, and of one elsewhere.
+pub(super) fn ends<'a>(own: &'a Own, bridge: Option<&'a Link>) -> Option<[(Ipv4Addr, &'a str); 2]> {
+    // The second host address: the first is the bridge's.
+    let container = Ipv4Addr::from(u32::from(own.subnet?.network()).saturating_add(2));
+    let network = own.network?;
+    let subnet = own.subnet?;
+    // The network's last address, or, where that is ours, one before ours.
+    let last = Ipv4Addr::from(u32::from(network.broadcast()).saturating_sub(1));
+    let elsewhere = if subnet.contains(&last) {
+        Ipv4Addr::from(u32::from(subnet.network()).saturating_sub(2))
+    } else {
+        last
+    };
+    let here = bridge.map_or("docker0", |bridge| bridge.name.as_str());
+    let there = match own.kind {
+        // It has no device of its own.
+        Some(BackendKind::HostGw) => own.outward.as_deref(),
+        _ => own.device.as_ref().map(|device| device.name.as_str()),
+    };
+    let there = there.unwrap_or("flannel0");
+    Some([(container, here), (elsewhere, there)])
+}
+
+fn forward(own: &Own, rules: &Rules, bridge: Option<&Link>) -> Check {
+    const NAME: &str = "forward";
+    let Some([here, there]) = ends(own, bridge) else {
+        return Check::unseen(Group::Forwarding, NAME, "this host's subnet is not known");
+    };
+    // `ends` has looked for both.
+    let network = own.network.map_or(String::new(), |network| network.to_string());
+    let by_hand = format!("`iptables -I FORWARD -s {network} -j ACCEPT; iptables -I FORWARD -d {network} -j ACCEPT`");
+    for (variant, table) in rules.tables("filter") {
+        for ((from, input), (to, output)) in [(here, there), (there, here)] {
+            let packet = Packet {
+                from,
+                to,
+                input: Some(input),
+                output: Some(output),
+            };
+            let Some(walk) = table.walk("FORWARD", packet) else {
+                continue;
+            };
+            if !matches!(walk.verdict.as_str(), "DROP" | "REJECT") {
+                continue;
+            }
+            let Walk { rule, perhaps, .. } = walk;
+            let dropped = format!("packets from {input} to {output}, such as {from} to {to}");
+            let what = match &rule {
+                None => format!("the policy of FORWARD is DROP ({variant}), and no rule accepts {dropped}"),
+                Some(rule) => format!("a rule of {variant} drops {dropped}: `{rule}`"),
+            };
+            let remedy = match &rule {
+                None => format!(
+                    "let flanneld keep its rules (--iptables-forward-rules=true, the default) and restart it: `systemctl restart \
+                     flanneld`; by hand: {by_hand}"
+                ),
+                Some(rule) => format!(
+                    "`iptables {}`, or accept the overlay's packets before it: {by_hand}",
+                    rule.replacen("-A", "-D", 1)
+                ),
+            };
+            return match perhaps.iter().find(|rule| rule.ends_with("ACCEPT")) {
+                Some(rule) => Check::warn(
+                    Group::Forwarding,
+                    NAME,
+                    format!("{what}, unless this does: `{rule}`"),
+                    remedy,
+                ),
+                None => Check::fail(Group::Forwarding, NAME, what, remedy),
+            };
+        }
+    }
+    if let Some((chain, accepts)) = dropping_chain(&rules.nft()) {
+        let what = format!("the nftables chain {chain} drops what it does not accept, whatever other chains say");
+        let remedy = format!(
+            "`nft insert rule {chain} ip saddr {network} accept; nft insert rule {chain} ip daddr {network} accept`, and the same \
+             where that chain is configured"
+        );
+        return if accepts {
+            Check::warn(
+                Group::Forwarding,
+                NAME,
+                format!("{what}; it has rules that accept, perhaps the overlay's packets, too"),
+                remedy,
+            )
+        } else {
+            Check::fail(Group::Forwarding, NAME, what, remedy)
+        };
+    }
+    Check::ok(Group::Forwarding, NAME, "no rule drops the overlay's packets")
+}
+
+/// A chain of nftables at the forward hook whose policy is to drop, and whether any rule of it accepts anything. iptables' own chain
+/// is looked at with iptables.
+fn dropping_chain(all: &[Value]) -> Option<(String, bool)> {
+    let name = |of: &Value| format!("{} {} {}", text(&of["family"]), text(&of["table"]), text(&of["name"]));
+    let chain = all.iter().map(|entry| &entry["chain"]).find(|chain| {
+        chain["hook"] == "forward"
+            && chain["policy"] == "drop"
+            && (chain["family"] == "ip" || chain["family"] == "inet")
+            && name(chain) != "ip filter FORWARD"
+    })?;
+    let accepts = all.iter().map(|entry| &entry["rule"]).any(|rule| {
+        rule["family"] == chain["family"]
+            && rule["table"] == chain["table"]
+            && rule["chain"] == chain["name"]
+            && rule["expr"].as_array().is_some_and(|expr| {
+                expr.iter().any(|part| {
+                    let part = part.as_object();
+                    part.is_some_and(|part| {
+                        ["accept", "jump", "goto"]
+                            .iter()
+                            .any(|verdict| part.contains_key(*verdict))
+                    })
+                })
+            })
+    });
+    Some((name(chain), accepts))
+}
+
+fn text(value: &Value) -> &str {
+    value.as_str().unwrap_or_default()
+}
+
+/// Whether what leaves the overlay is masqueraded, as the subnet file says.
+fn masquerades(own: &Own, picture: &Picture, rules: &Rules) -> Check {
+    const NAME: &str = "masquerade";
+    let Some([(container, _), _]) = ends(own, None) else {
+        return Check::unseen(Group::Forwarding, NAME, "this host's subnet is not known");
+    };
+    // By whichever interface that is no part of the overlay.
+    let outward = picture
+        .links
+        .iter()
+        .find(|link| !link.loopback && Some(link.index) != own.device.as_ref().map(|device| device.index))
+        .map(|link| link.name.as_str());
+    let packet = Packet {
+        from: container,
+        // Of no network (RFC 5737).
+        to: Ipv4Addr::new(198, 51, 100, 1),
+        input: None,
+        output: outward,
+    };
+    let by_iptables = rules.tables("nat").any(|(_, table)| {
+        let walk = table.walk("POSTROUTING", packet);
+        walk.is_some_and(|walk| matches!(walk.verdict.as_str(), "MASQUERADE" | "SNAT"))
+    });
+    let by_nftables = rules
+        .nft()
+        .iter()
+        .any(|entry| text(&entry["table"]["name"]).starts_with("flannel"));
+    if by_iptables || by_nftables {
+        Check::ok(Group::Forwarding, NAME, "what leaves the overlay is masqueraded")
+    } else {
+        Check::fail(
+            Group::Forwarding,
+            NAME,
+            "the subnet file says that flanneld masquerades (FLANNEL_IPMASQ=true), so Docker does not; and no rule does",
+            "`systemctl restart flanneld`; something removes its rules: `iptables -t nat -S FLANNEL-POSTRTG`",
+        )
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::{super::State, *};
+
+    /// What `iptables-save` says.
+    pub(crate) fn saved(text: &str) -> Rules {
+        Rules {
+            iptables: vec![("iptables (nft)", Ok(text.to_owned()))],
+            nftables: None,
+        }
+    }
+
+    fn own() -> Own {
+        Own {
+            network: Some("10.5.0.0/16".parse().unwrap()),
+            subnet: Some("10.5.1.0/24".parse().unwrap()),
+            ..Own::default()
+        }
+    }
+
+    const OURS: &str = "\
+-A FORWARD -m comment --comment \"flanneld forward\" -j FLANNEL-FWD
+-A FLANNEL-FWD -s 10.5.0.0/16 -m comment --comment \"flanneld forward\" -j ACCEPT
+-A FLANNEL-FWD -d 10.5.0.0/16 -m comment --comment \"flanneld forward\" -j ACCEPT
+";
+
+    fn filter(rules: &str) -> Rules {
+        saved(&format!(
+            "*filter\n:FORWARD DROP [0:0]\n:FLANNEL-FWD - [0:0]\n{rules}COMMIT\n"
+        ))
+    }
+
+    #[test]
+    fn a_policy_of_drop_is_wrong_without_our_rules() {
+        assert_eq!(forward(&own(), &filter(OURS), None).state, State::Ok);
+        let check = forward(&own(), &filter(""), None);
+        assert_eq!(check.state, State::Fail);
+        assert!(
+            check
+                .remedy
+                .unwrap()
+                .contains("iptables -I FORWARD -s 10.5.0.0/16 -j ACCEPT")
+        );
+        assert_eq!(
+            forward(&own(), &filter("-A FORWARD -p tcp -j ACCEPT\n"), None).state,
+            State::Warn
+        );
+        assert_eq!(forward(&own(), &saved(""), None).state, State::Ok);
+    }
+
+    #[test]
+    fn a_rule_that_drops_before_ours_is_named() {
+        let check = forward(
+            &own(),
+            &filter(&format!("-A FORWARD ! -i docker0 -o docker0 -j DROP\n{OURS}")),
+            None,
+        );
+        assert_eq!(check.state, State::Fail);
+        assert!(
+            check
+                .remedy
+                .unwrap()
+                .starts_with("`iptables -D FORWARD ! -i docker0 -o docker0 -j DROP`")
+        );
+    }
+
+    #[test]
+    fn without_a_device_the_overlay_is_the_interface_to_the_other_hosts() {
+        let own = Own {
+            kind: Some(BackendKind::HostGw),
+            outward: Some("eth1".to_owned()),
+            ..own()
+        };
+        let rules = filter(&format!("-A FORWARD -i eth1 -j DROP\n{OURS}"));
+        assert_eq!(forward(&own, &rules, None).state, State::Fail);
+    }
+
+    #[test]
+    fn a_chain_of_nftables_that_drops_is_found() {
+        let rules = |rule: &str| Rules {
+            iptables: Vec::new(),
+            nftables: Some(Ok(format!(
+                r#"{{"nftables":[{{"chain":{{"family":"inet","table":"fw","name":"fwd","hook":"forward","policy":"drop"}}}}{rule}]}}"#
+            ))),
+        };
+        let check = forward(&own(), &rules(""), None);
+        assert_eq!(check.state, State::Fail);
+        assert!(check.what.contains("inet fw fwd"), "{check:?}");
+        let accepting = r#",{"rule":{"family":"inet","table":"fw","chain":"fwd","expr":[{"accept":null}]}}"#;
+        assert_eq!(forward(&own(), &rules(accepting), None).state, State::Warn);
+    }
+
+    #[test]
+    fn a_promise_to_masquerade_needs_a_rule() {
+        let nat = |rule: &str| saved(&format!("*nat\n:POSTROUTING ACCEPT [0:0]\n{rule}COMMIT\n"));
+        let picture = Picture::default();
+        assert_eq!(masquerades(&own(), &picture, &nat("")).state, State::Fail);
+        let rule = "-A POSTROUTING -s 10.5.0.0/16 ! -d 224.0.0.0/4 -j MASQUERADE --random-fully\n";
+        assert_eq!(masquerades(&own(), &picture, &nat(rule)).state, State::Ok);
+    }
+
+    #[test]
+    fn rp_filter_is_wrong_only_where_it_is_strict_and_the_way_back_another() {
+        let way = |leaves: &str| Way {
+            from: [192, 0, 2, 2].into(),
+            whose: "packets".to_owned(),
+            arrives: "eth0".to_owned(),
+            leaves: leaves.to_owned(),
+        };
+        let state = |all: &str, each: &str, leaves: &str| {
+            let ways = Ways {
+                ways: vec![way(leaves)],
+                forward: Some("1".to_owned()),
+                all: Some(all.to_owned()),
+                each: vec![("eth0".to_owned(), Some(each.to_owned()))],
+            };
+            reverse_path(&ways).state
+        };
+        assert_eq!(state("0", "1", "eth1"), State::Fail);
+        assert_eq!(state("1", "0", "eth1"), State::Fail);
+        assert_eq!(state("2", "1", "eth1"), State::Ok);
+        assert_eq!(state("0", "0", "eth1"), State::Ok);
+        assert_eq!(state("0", "1", "eth0"), State::Ok);
+    }
+
+    #[test]
+    fn forwarding_that_is_off_is_wrong() {
+        let ways = |value: Option<&str>| Ways {
+            forward: value.map(str::to_owned),
+            ..Ways::default()
+        };
+        assert_eq!(ip_forward(&ways(Some("0"))).state, State::Fail);
+        assert_eq!(ip_forward(&ways(Some("1"))).state, State::Ok);
+        assert_eq!(ip_forward(&ways(None)).state, State::Warn);
+    }
+}
