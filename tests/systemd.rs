@@ -3,7 +3,7 @@
 mod lab;
 
 use flannel::lab::{has_program, wait_until};
-use lab::{CONFIG, Daemon, FLANNELD, PATIENCE, Registry, new_lab};
+use lab::{CONFIG, Daemon, FLANNELD, PATIENCE, Registry, new_lab, not_tested};
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -69,7 +69,7 @@ fn settings(name: &str) -> Vec<String> {
 fn has_systemd_analyze() -> bool {
     let here = has_program("systemd-analyze");
     if !here {
-        eprintln!("not tested: systemd-analyze is not installed");
+        not_tested("systemd-analyze is not installed");
     }
     here
 }

@@ -73,6 +73,26 @@ impl Table {
         Some(Walk { verdict, rule, perhaps })
     }
 
+    /// The rule of a chain that drops what comes from `from` by the interface `input` to one address of `subnet`.
+    pub(super) fn drop_within(&self, chain: &str, from: Ipv4Addr, input: &str, subnet: Ipv4Net) -> Option<&str> {
+        let drops = |line: &&String| {
+            let rule = Rule::parse(line);
+            let to = rule
+                .to
+                .and_then(|(turned, to)| (!turned).then_some(to)?.strip_suffix("/32"));
+            to.and_then(|to| to.parse().ok()).is_some_and(|to| {
+                let packet = Packet {
+                    from,
+                    to,
+                    input: Some(input),
+                    output: None,
+                };
+                subnet.contains(&to) && rule.target == Some("DROP") && rule.applies(packet) == Applies::Yes
+            })
+        };
+        self.0.get(chain)?.rules.iter().find(drops).map(String::as_str)
+    }
+
     /// The verdict and the rule that gives it; `None`: the packet comes back from the chain.
     fn follow(
         &self,

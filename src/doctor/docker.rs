@@ -79,7 +79,23 @@ pub(super) fn judge(own: &Own, rules: &Rules, bridge: Option<&Link>) -> Vec<Chec
         }
     }));
     checks.push(masquerade(own, rules, bridge));
+    checks.extend(direct(own, rules, bridge));
     checks
+}
+
+/// Whether Docker drops what other hosts send to containers' own addresses, as it does from version 28 on (the "direct access"
+/// of its packet filtering documentation).
+fn direct(own: &Own, rules: &Rules, bridge: &Link) -> Option<Check> {
+    let (subnet, [(_, _), (remote, input)]) = (own.subnet?, ends(own, Some(bridge))?);
+    rules.tables("raw").find_map(|(variant, table)| {
+        let rule = table.drop_within("PREROUTING", remote, input, subnet)?;
+        Some(Check::fail(
+            Group::Docker,
+            "direct-access",
+            format!("Docker drops what other hosts send to its containers, by a rule of {variant}: `{rule}`"),
+            "start dockerd with --allow-direct-routing (from Docker 28.2 on), then `systemctl restart docker`",
+        ))
+    })
 }
 
 /// Whether what goes from containers here to containers elsewhere keeps its source.
@@ -172,6 +188,24 @@ mod tests {
         };
         assert_eq!(states(vec![large], ""), [Ok, Fail, Ok]);
         assert_eq!(states(vec![small], ""), [Ok, Warn, Ok]);
+    }
+
+    #[test]
+    fn what_docker_drops_before_it_is_forwarded_is_found() {
+        let checks = |raw: &str| {
+            let bridge = link(8, "docker0", "10.5.1.1/24");
+            let rules = saved(&format!("*raw\n:PREROUTING ACCEPT [0:0]\n{raw}COMMIT\n"));
+            let checks = judge(&own(), &rules, Some(&bridge));
+            let wrong = checks.into_iter().filter(|check| check.state == State::Fail);
+            wrong.map(|check| check.name).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            checks("-A PREROUTING -d 10.5.1.2/32 ! -i docker0 -j DROP\n"),
+            ["direct-access"]
+        );
+        assert!(checks("-A PREROUTING -d 10.5.1.2/32 -i eth9 -j DROP\n").is_empty());
+        assert!(checks("-A PREROUTING -d 172.17.0.2/32 ! -i docker0 -j DROP\n").is_empty());
+        assert!(checks("").is_empty());
     }
 
     #[test]
