@@ -1,7 +1,8 @@
 //! What iptables' rules do with a packet, from the text of `iptables-save`.
 //!
-//! Only what can be said of the first packet of a connection by its addresses and interfaces. A rule with any other condition
-//! (a mark, a set, a protocol) may apply or not: the walk goes on as if it did not, and remembers it.
+//! Only what can be said of the first packet of a connection, that nothing has marked, by its addresses and interfaces. A rule
+//! with any other condition (a set, a protocol) may apply or not: the walk goes on as if it did not, and remembers it. Where such
+//! a rule leaves a chain, the rest of that chain may be met or not, too.
 
 use std::{collections::BTreeMap, net::Ipv4Addr};
 
@@ -9,6 +10,9 @@ use ipnet::Ipv4Net;
 
 /// How deep chains may lead into one another; the kernel's own limit is of this order.
 const DEEPEST: usize = 16;
+
+/// The targets after which the next rule is met.
+const GOING_ON: [&str; 8] = ["LOG", "NFLOG", "MARK", "CONNMARK", "TCPMSS", "CT", "SET", "CLASSIFY"];
 
 /// The chains of one table.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -104,33 +108,44 @@ impl Table {
         if depth > DEEPEST {
             return None;
         }
+        // An earlier rule may have left this chain already.
+        let mut left = false;
         for line in &self.0.get(chain)?.rules {
             let rule = Rule::parse(line);
-            let Some(target) = rule.target else { continue };
+            let Some(target) = rule.target.filter(|target| !GOING_ON.contains(target)) else {
+                continue;
+            };
             match rule.applies(packet) {
                 Applies::No => {}
-                Applies::Yes => match target {
-                    "RETURN" => return None,
-                    "LOG" | "NFLOG" | "MARK" | "CONNMARK" | "TCPMSS" | "CT" | "SET" | "CLASSIFY" => {}
-                    other if self.0.contains_key(other) => {
-                        let ended = self.follow(other, packet, perhaps, depth + 1);
+                Applies::Yes => {
+                    let ended = if target == "RETURN" {
+                        None
+                    } else if self.0.contains_key(target) {
+                        let ended = self.follow(target, packet, perhaps, depth + 1);
                         // What was gone to and not called does not come back here.
-                        if ended.is_some() || rule.goes {
-                            return ended;
+                        if ended.is_none() && !rule.goes {
+                            continue;
                         }
+                        ended
+                    } else {
+                        Some((target.to_owned(), line.clone()))
+                    };
+                    if !left {
+                        return ended;
                     }
-                    verdict => return Some((verdict.to_owned(), line.clone())),
-                },
-                Applies::Perhaps => {
-                    if self.0.contains_key(target) {
-                        let mut inside = Vec::new();
-                        let ended = self.follow(target, packet, &mut inside, depth + 1);
-                        perhaps.extend(ended.map(|(_, line)| line));
-                        perhaps.append(&mut inside);
-                    } else if target != "RETURN" {
-                        perhaps.push(line.clone());
-                    }
+                    // It ends by this rule, or it is back where the chain was called.
+                    perhaps.extend(ended.map(|(_, line)| line));
+                    return None;
                 }
+                Applies::Perhaps if target == "RETURN" => left = true,
+                Applies::Perhaps if self.0.contains_key(target) => {
+                    let mut inside = Vec::new();
+                    let ended = self.follow(target, packet, &mut inside, depth + 1);
+                    perhaps.extend(ended.map(|(_, line)| line));
+                    perhaps.append(&mut inside);
+                    left |= rule.goes;
+                }
+                Applies::Perhaps => perhaps.push(line.clone()),
             }
         }
         None
@@ -151,7 +166,7 @@ struct Rule<'a> {
     to: Option<(bool, &'a str)>,
     input: Option<(bool, &'a str)>,
     output: Option<(bool, &'a str)>,
-    /// Its connection states do not have that of a first packet.
+    /// It is for packets of other connection states than the first one's, or for marked ones.
     never: bool,
     /// It has other conditions.
     others: bool,
@@ -182,7 +197,12 @@ impl<'a> Rule<'a> {
                     let new = value().split(',').any(|state| state == "NEW");
                     rule.never |= new == not;
                 }
-                "-m" => rule.others |= !matches!(value(), "comment" | "conntrack" | "state"),
+                // `value/mask`: what has no mark has 0 under each mask.
+                "--mark" => match number(value().split('/').next().unwrap_or_default()) {
+                    Some(mark) => rule.never |= (mark == 0) == not,
+                    None => rule.others = true,
+                },
+                "-m" => rule.others |= !matches!(value(), "comment" | "conntrack" | "state" | "mark"),
                 "-j" | "-g" => {
                     rule.goes = word == "-g";
                     rule.target = Some(value());
@@ -220,6 +240,11 @@ impl<'a> Rule<'a> {
             (true, true) => Applies::Perhaps,
         }
     }
+}
+
+/// A mark, as `iptables-save` writes it: `0x4000`.
+fn number(text: &str) -> Option<u32> {
+    u32::from_str_radix(text.strip_prefix("0x")?, 16).ok()
 }
 
 fn net_of(text: &str) -> Option<Ipv4Net> {
@@ -311,6 +336,59 @@ COMMIT
         assert_eq!(
             walk("filter", "FORWARD", "192.0.2.7", "10.5.1.2", "veth12", "eth0").verdict,
             "DROP"
+        );
+    }
+
+    /// The nat table with these lines in a chain that POSTROUTING calls.
+    fn walk_through(lines: &str) -> Walk {
+        let saved = format!("*nat\n:POSTROUTING ACCEPT [0:0]\n:KUBE - [0:0]\n-A POSTROUTING -j KUBE\n{lines}COMMIT\n");
+        let packet = Packet {
+            from: [10, 5, 1, 2].into(),
+            to: [10, 5, 2, 2].into(),
+            input: None,
+            output: Some("flannel0"),
+        };
+        Table::parse(&saved, "nat").walk("POSTROUTING", packet).unwrap()
+    }
+
+    #[test]
+    fn what_nothing_has_marked_is_not_masqueraded_by_kube_proxy() {
+        let walk = walk_through(
+            "-A KUBE -m mark ! --mark 0x4000/0x4000 -j RETURN\n\
+             -A KUBE -j MARK --set-xmark 0x4000/0x0\n\
+             -A KUBE -m comment --comment \"kubernetes service traffic requiring SNAT\" -j MASQUERADE --random-fully\n",
+        );
+        assert_eq!((walk.verdict.as_str(), walk.rule), ("ACCEPT", None));
+        assert!(walk.perhaps.is_empty(), "{:?}", walk.perhaps);
+        assert_eq!(
+            walk_through("-A KUBE -m mark --mark 0x1 -j MASQUERADE\n").verdict,
+            "ACCEPT"
+        );
+    }
+
+    #[test]
+    fn after_a_rule_that_perhaps_leaves_the_chain_the_rest_of_it_is_not_certain() {
+        let masquerade = "-A KUBE -j MASQUERADE";
+        for leaving in [
+            "-A KUBE -m set --match-set far dst -j RETURN\n",
+            ":AWAY - [0:0]\n-A KUBE -p udp -g AWAY\n",
+        ] {
+            let walk = walk_through(&format!(
+                "{leaving}{masquerade}\n-A POSTROUTING -j SNAT --to-source 192.0.2.1\n"
+            ));
+            // What stands behind the call is met by whoever comes back.
+            assert_eq!(
+                (walk.verdict.as_str(), walk.perhaps),
+                ("SNAT", vec![masquerade.to_owned()])
+            );
+        }
+        // Only the chain that is left: not the one that called it.
+        let walk = walk_through("-A KUBE -p udp -j RETURN\n-A POSTROUTING -j MASQUERADE\n");
+        assert_eq!((walk.verdict.as_str(), walk.perhaps.len()), ("MASQUERADE", 0));
+        let walk = walk_through("-A KUBE -p udp -j ACCEPT\n-A KUBE -j MASQUERADE\n");
+        assert_eq!(
+            (walk.verdict.as_str(), walk.perhaps.as_slice()),
+            ("MASQUERADE", ["-A KUBE -p udp -j ACCEPT".to_owned()].as_slice())
         );
     }
 

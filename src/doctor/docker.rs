@@ -117,18 +117,23 @@ fn masquerade(own: &Own, rules: &Rules, bridge: &Link) -> Check {
         let (Some(rule), "MASQUERADE" | "SNAT") = (&walk.rule, walk.verdict.as_str()) else {
             continue;
         };
-        return Check::fail(
-            Group::Docker,
-            NAME,
-            format!(
-                "the sources of packets to other hosts' containers are hidden: a rule of {variant} masquerades them: `{rule}`"
-            ),
-            format!(
-                "start Docker with --ip-masq=false, and flanneld with --ip-masq; the options of `flanneld docker-opts -c` say so. \
-                 For now: `iptables -t nat {}`",
-                rule.replacen("-A", "-D", 1)
-            ),
+        let what = format!(
+            "the sources of packets to other hosts' containers are hidden: a rule of {variant} masquerades them: `{rule}`"
         );
+        let remedy = format!(
+            "start Docker with --ip-masq=false, and flanneld with --ip-masq; the options of `flanneld docker-opts -c` say so. \
+             For now: `iptables -t nat {}`",
+            rule.replacen("-A", "-D", 1)
+        );
+        return match walk.perhaps.iter().find(|rule| rule.ends_with("-j ACCEPT")) {
+            Some(rule) => Check::warn(
+                Group::Docker,
+                NAME,
+                format!("{what}, unless this does: `{rule}`"),
+                remedy,
+            ),
+            None => Check::fail(Group::Docker, NAME, what, remedy),
+        };
     }
     Check::ok(
         Group::Docker,
@@ -210,11 +215,22 @@ mod tests {
 
     #[test]
     fn dockers_masquerading_of_the_overlay_is_found() {
-        use State::{Fail, Ok};
+        use State::{Fail, Ok, Warn};
         let docker = || vec![link(8, "docker0", "10.5.1.1/24")];
         let rule = "-A POSTROUTING -s 10.5.1.0/24 ! -o docker0 -j MASQUERADE\n";
         assert_eq!(states(docker(), rule), [Ok, Ok, Fail]);
         let accepted = format!("-A POSTROUTING -d 10.5.0.0/16 -j ACCEPT\n{rule}");
         assert_eq!(states(docker(), &accepted), [Ok, Ok, Ok]);
+        let perhaps = format!("-A POSTROUTING -p tcp -j ACCEPT\n{rule}");
+        assert_eq!(states(docker(), &perhaps), [Ok, Ok, Warn]);
+        // It is for what kube-proxy has marked, and to remove it would break services.
+        let kube = "\
+:KUBE-POSTROUTING - [0:0]
+-A POSTROUTING -m comment --comment \"kubernetes postrouting rules\" -j KUBE-POSTROUTING
+-A KUBE-POSTROUTING -m mark ! --mark 0x4000/0x4000 -j RETURN
+-A KUBE-POSTROUTING -j MARK --set-xmark 0x4000/0x0
+-A KUBE-POSTROUTING -m comment --comment \"kubernetes service traffic requiring SNAT\" -j MASQUERADE --random-fully
+";
+        assert_eq!(states(docker(), kube), [Ok, Ok, Ok]);
     }
 }

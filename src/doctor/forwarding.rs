@@ -344,23 +344,31 @@ fn masquerades(own: &Own, picture: &Picture, rules: &Rules) -> Check {
         input: None,
         output: outward,
     };
-    let by_iptables = rules.tables("nat").any(|(_, table)| {
-        let walk = table.walk("POSTROUTING", packet);
-        walk.is_some_and(|walk| matches!(walk.verdict.as_str(), "MASQUERADE" | "SNAT"))
-    });
+    let walks: Vec<Walk> = rules
+        .tables("nat")
+        .filter_map(|(_, table)| table.walk("POSTROUTING", packet))
+        .collect();
+    let by_iptables = walks
+        .iter()
+        .any(|walk| matches!(walk.verdict.as_str(), "MASQUERADE" | "SNAT"));
     let by_nftables = rules
         .nft()
         .iter()
         .any(|entry| text(&entry["table"]["name"]).starts_with("flannel"));
     if by_iptables || by_nftables {
-        Check::ok(Group::Forwarding, NAME, "what leaves the overlay is masqueraded")
-    } else {
-        Check::fail(
+        return Check::ok(Group::Forwarding, NAME, "what leaves the overlay is masqueraded");
+    }
+    let promised = "the subnet file says that flanneld masquerades (FLANNEL_IPMASQ=true), so Docker does not";
+    let remedy = "`systemctl restart flanneld`; something removes its rules: `iptables -t nat -S FLANNEL-POSTRTG`";
+    let mut perhaps = walks.iter().flat_map(|walk| &walk.perhaps);
+    match perhaps.find(|rule| rule.contains("-j MASQUERADE") || rule.contains("-j SNAT")) {
+        Some(rule) => Check::warn(
             Group::Forwarding,
             NAME,
-            "the subnet file says that flanneld masquerades (FLANNEL_IPMASQ=true), so Docker does not; and no rule does",
-            "`systemctl restart flanneld`; something removes its rules: `iptables -t nat -S FLANNEL-POSTRTG`",
-        )
+            format!("{promised}; and no rule does, unless this does: `{rule}`"),
+            remedy,
+        ),
+        None => Check::fail(Group::Forwarding, NAME, format!("{promised}; and no rule does"), remedy),
     }
 }
 
@@ -463,6 +471,8 @@ pub(super) mod tests {
         assert_eq!(masquerades(&own(), &picture, &nat("")).state, State::Fail);
         let rule = "-A POSTROUTING -s 10.5.0.0/16 ! -d 224.0.0.0/4 -j MASQUERADE --random-fully\n";
         assert_eq!(masquerades(&own(), &picture, &nat(rule)).state, State::Ok);
+        let sometimes = "-A POSTROUTING -m set --match-set far dst -j MASQUERADE\n";
+        assert_eq!(masquerades(&own(), &picture, &nat(sometimes)).state, State::Warn);
     }
 
     #[test]
