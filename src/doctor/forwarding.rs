@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
+use ipnet::IpNet;
 use serde_json::Value;
 use tokio::time::timeout;
 
@@ -94,37 +95,23 @@ pub(super) struct Ways {
 }
 
 impl Ways {
-    pub(super) fn look(own: &Own, external: Option<&External>, others: &[Other]) -> Ways {
-        let mut wanted: Vec<(Ipv4Addr, String, Link)> = Vec::new();
+    pub(super) fn look(own: &Own, picture: &Picture, external: Option<&External>, others: &[Other]) -> Ways {
         let Ok(mut kernel) = Kernel::open() else {
             return Ways::default();
         };
-        let links = kernel.links().unwrap_or_default();
-        let external = external.and_then(|external| links.iter().find(|link| link.index == external.index));
-        for other in others {
-            if let Some(external) = external {
-                let whose = format!("datagrams of host {}", other.public_ip);
-                wanted.push((other.public_ip, whose, external.clone()));
-            }
-            if let Some(device) = &own.device {
-                let whose = format!("packets of containers in {}", other.subnet);
-                wanted.push((other.subnet.network(), whose, device.clone()));
-            }
-        }
-        let to: Vec<IpAddr> = wanted.iter().map(|(address, ..)| IpAddr::V4(*address)).collect();
+        let external = external.and_then(|external| picture.link(external.index));
+        let arrivals = arrivals(own, picture, external, others);
+        let to: Vec<IpAddr> = arrivals.iter().map(|arrival| arrival.from.into()).collect();
         let paths = kernel.paths(&to).unwrap_or_default();
-        let ways = wanted
-            .into_iter()
-            .zip(paths)
-            .filter_map(|((from, whose, arrives), path)| {
-                let leaves = path.and_then(|path| links.iter().find(|link| link.index == path.link));
-                Some(Way {
-                    from,
-                    whose,
-                    arrives: arrives.name,
-                    leaves: leaves?.name.clone(),
-                })
-            });
+        let ways = arrivals.into_iter().zip(paths).filter_map(|(arrival, path)| {
+            let Arrival { from, whose, by } = arrival;
+            Some(Way {
+                from,
+                whose,
+                arrives: by.name.clone(),
+                leaves: picture.link(path?.link)?.name.clone(),
+            })
+        });
         let interfaces = external.into_iter().chain(&own.device);
         Ways {
             ways: ways.collect(),
@@ -143,6 +130,39 @@ impl Ways {
         let each = self.each.iter().find(|(name, _)| name == interface);
         number(self.all.as_ref()).max(number(each.and_then(|(_, value)| value.as_ref()))) == 1
     }
+}
+
+/// What comes from another host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Arrival<'a> {
+    from: Ipv4Addr,
+    /// For people.
+    whose: String,
+    /// The interface that it comes in by.
+    by: &'a Link,
+}
+
+/// What comes in from the other hosts of this backend: a tunnel's datagrams and what is in them, or the packets themselves.
+fn arrivals<'a>(own: &'a Own, picture: &Picture, external: Option<&'a Link>, others: &[Other]) -> Vec<Arrival<'a>> {
+    let mut arrivals = Vec::new();
+    for other in others.iter().filter(|other| other.other_backend.is_none()) {
+        arrivals.extend(external.map(|by| Arrival {
+            from: other.public_ip,
+            whose: format!("packets of host {}", other.public_ip),
+            by,
+        }));
+        // With host-gw, and with vxlan's DirectRouting on the same link, they come without a tunnel, as ours go.
+        let direct = picture.routes.iter().any(|found| {
+            found.route.to == IpNet::V4(other.subnet) && found.route.via == Some(IpAddr::V4(other.public_ip))
+        });
+        let by = if direct { external } else { own.device.as_ref() };
+        arrivals.extend(by.map(|by| Arrival {
+            from: other.subnet.network(),
+            whose: format!("packets of containers in {}", other.subnet),
+            by,
+        }));
+    }
+    arrivals
 }
 
 pub(super) fn judge(
@@ -374,7 +394,11 @@ fn masquerades(own: &Own, picture: &Picture, rules: &Rules) -> Check {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use super::{super::State, *};
+    use super::{
+        super::{State, device::tests::link},
+        *,
+    };
+    use crate::kernel::entries::{FoundRoute, PROTOCOL, Route};
 
     /// What `iptables-save` says.
     pub(crate) fn saved(text: &str) -> Rules {
@@ -497,6 +521,52 @@ pub(super) mod tests {
         assert_eq!(state("2", "1", "eth1"), State::Ok);
         assert_eq!(state("0", "0", "eth1"), State::Ok);
         assert_eq!(state("0", "1", "eth0"), State::Ok);
+    }
+
+    #[test]
+    fn packets_of_containers_come_as_their_host_sends_them() {
+        let tunnel = link(7, "flannel.1", "10.5.1.0/32");
+        let eth = link(2, "eth0", "192.0.2.1/24");
+        let other = |number: u8, other_backend: Option<&str>| Other {
+            subnet: format!("10.5.{number}.0/24").parse().unwrap(),
+            public_ip: [192, 0, 2, number].into(),
+            other_backend: other_backend.map(str::to_owned),
+        };
+        let others = [other(2, None), other(3, None), other(4, Some("udp"))];
+        let route = |to: &str, via: &str, link: u32| FoundRoute {
+            route: Route {
+                to: to.parse().unwrap(),
+                via: Some(via.parse().unwrap()),
+                link,
+                onlink: link == 7,
+            },
+            protocol: PROTOCOL,
+            metric: 0,
+            multipath: false,
+        };
+        let picture = Picture {
+            routes: vec![
+                route("10.5.2.0/24", "10.5.2.0", 7),
+                route("10.5.3.0/24", "192.0.2.3", 2),
+            ],
+            ..Picture::default()
+        };
+        let own = Own {
+            device: Some(tunnel),
+            ..own()
+        };
+        let arrivals = arrivals(&own, &picture, Some(&eth), &others);
+        let come: Vec<(String, &str)> = arrivals
+            .iter()
+            .map(|arrival| (arrival.from.to_string(), arrival.by.name.as_str()))
+            .collect();
+        let expected = [
+            ("192.0.2.2", "eth0"),
+            ("10.5.2.0", "flannel.1"),
+            ("192.0.2.3", "eth0"),
+            ("10.5.3.0", "eth0"),
+        ];
+        assert_eq!(come, expected.map(|(from, by)| (from.to_owned(), by)));
     }
 
     #[test]

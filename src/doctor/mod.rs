@@ -346,7 +346,7 @@ pub async fn examine(options: &Options) -> Vec<Check> {
     match &picture {
         Ok(picture) => {
             checks.extend(device::judge(&own, picture, &others));
-            let ways = forwarding::Ways::look(&own, external.as_ref().ok(), &others);
+            let ways = forwarding::Ways::look(&own, picture, external.as_ref().ok(), &others);
             let bridge = docker::bridge(&own, picture);
             let masquerade = told.as_ref().is_ok_and(|told| told.masquerade);
             checks.extend(forwarding::judge(&own, picture, &ways, &rules, bridge, masquerade));
