@@ -1,6 +1,8 @@
 //! The daemon, its lease, and what it has told Docker.
 
-use std::path::Path;
+use std::{net::Ipv4Addr, path::Path};
+
+use ipnet::Ipv4Net;
 
 use super::{Check, Group, Own, Told, registry::Facts};
 use crate::{
@@ -89,7 +91,14 @@ fn daemon(status: &Result<Status, ReadError>) -> Check {
     }
 }
 
-/// This host's lease among all of them.
+/// The host's lease among all of them: of several, as where a subnet was reserved for it while it has another, that of `subnet`.
+pub(super) fn held(leases: &[Lease], public_ip: Ipv4Addr, subnet: Option<Ipv4Net>) -> Option<&Lease> {
+    let mut all = leases.iter().filter(|lease| lease.value.public_ip == public_ip);
+    let in_use = all.clone().find(|lease| Some(lease.subnets.v4()) == subnet);
+    in_use.or_else(|| all.next())
+}
+
+/// What the registry says of this host's lease.
 fn lease(own: &Own, leases: &[Lease], seconds_left: Option<u64>) -> Check {
     const NAME: &str = "lease";
     let restart = "`systemctl restart flanneld`: it takes its subnet back if nobody else has it, and writes the subnet file; \
@@ -97,7 +106,7 @@ fn lease(own: &Own, leases: &[Lease], seconds_left: Option<u64>) -> Check {
     let Some(public_ip) = own.public_ip else {
         return Check::unseen(Group::Lease, NAME, "this host's PublicIP is not known");
     };
-    let held = leases.iter().find(|lease| lease.value.public_ip == public_ip);
+    let held = held(leases, public_ip, own.subnet);
     let subnets = |lease: &Lease| lease.subnets.v4();
     if let Some(lease) = held
         && own.subnet.is_none_or(|subnet| subnet == subnets(lease))
@@ -223,6 +232,7 @@ fn file(own: &Own, told: &Result<Told, String>, path: &Path) -> Check {
 mod tests {
     use super::{super::State, *};
     use crate::{
+        kernel::external::External,
         lease::record::{LeaseValue, Subnets},
         registry::Revision,
     };
@@ -264,6 +274,35 @@ mod tests {
             let (state, what) = judged(&leases);
             assert_eq!(state, State::Fail);
             assert!(what.contains(said), "{what}");
+        }
+    }
+
+    #[test]
+    fn a_reservation_beside_the_lease_in_use_is_not_taken_for_it() {
+        let leases = [leased("10.5.0.0/24", "192.0.2.1"), leased("10.5.1.0/24", "192.0.2.1")];
+        let check = lease(&own(), &leases, None);
+        assert_eq!(check.state, State::Ok);
+        assert!(check.what.starts_with("10.5.1.0/24 "), "{check:?}");
+
+        let gathered = |subnet: Option<&str>| {
+            let told = Told {
+                subnet: subnet.map(|subnet| subnet.parse().unwrap()),
+                ..Told::default()
+            };
+            let external = External {
+                index: 2,
+                name: "eth0".to_owned(),
+                mtu: 1500,
+                address: [192, 0, 2, 1].into(),
+                public_ip: [192, 0, 2, 1].into(),
+            };
+            let registry = super::super::registry::tests::facts(leases.to_vec(), Vec::new());
+            Own::gather(None, Some(&external), &registry, Some(&told), None).subnet
+        };
+        assert_eq!(gathered(Some("10.5.1.0/24")), own().subnet);
+        // Of no use to anybody: the first that there is.
+        for other in [Some("10.5.9.0/24"), None] {
+            assert_eq!(gathered(other), Some("10.5.0.0/24".parse().unwrap()));
         }
     }
 

@@ -272,11 +272,8 @@ impl Own {
             .and_then(|status| Some(status.external.as_ref()?.public_ip))
             .or_else(|| Some(external?.public_ip));
         let leased = || {
-            let lease = registry
-                .leases()?
-                .iter()
-                .find(|lease| Some(lease.value.public_ip) == public_ip)?;
-            Some(lease.subnets.v4())
+            let before = told.and_then(|told| told.subnet);
+            Some(lease::held(registry.leases()?, public_ip?, before)?.subnets.v4())
         };
         let subnet = status
             .and_then(|status| status.lease.as_ref()?.subnet.parse().ok())
