@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use super::{
     Check, Group, Own, Picture,
     chains::Packet,
-    forwarding::{Rules, ends},
+    forwarding::{Rules, Variant, ends},
 };
 use crate::kernel::Link;
 
@@ -89,6 +89,7 @@ fn direct(own: &Own, rules: &Rules, bridge: &Link) -> Option<Check> {
     let (subnet, [(_, _), (remote, input)]) = (own.subnet?, ends(own, Some(bridge))?);
     rules.tables("raw").find_map(|(variant, table)| {
         let rule = table.drop_within("PREROUTING", remote, input, subnet)?;
+        let variant = variant.name;
         Some(Check::fail(
             Group::Docker,
             "direct-access",
@@ -110,7 +111,13 @@ fn masquerade(own: &Own, rules: &Rules, bridge: &Link) -> Check {
         input: None,
         output: Some(output),
     };
-    for (variant, table) in rules.tables("nat") {
+    for (
+        Variant {
+            name: variant, program, ..
+        },
+        table,
+    ) in rules.tables("nat")
+    {
         let Some(walk) = table.walk("POSTROUTING", packet) else {
             continue;
         };
@@ -122,7 +129,7 @@ fn masquerade(own: &Own, rules: &Rules, bridge: &Link) -> Check {
         );
         let remedy = format!(
             "start Docker with --ip-masq=false, and flanneld with --ip-masq; the options of `flanneld docker-opts -c` say so. \
-             For now: `iptables -t nat {}`",
+             For now: `{program} -t nat {}`",
             rule.replacen("-A", "-D", 1)
         );
         return match walk.perhaps.iter().find(|rule| rule.ends_with("-j ACCEPT")) {

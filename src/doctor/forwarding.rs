@@ -17,11 +17,25 @@ use crate::{
     rules::look,
 };
 
+/// A variant of iptables.
+#[derive(Debug)]
+pub(super) struct Variant {
+    /// For people.
+    pub(super) name: &'static str,
+    /// What changes its rules.
+    pub(super) program: String,
+    /// What `iptables-save` says or why not.
+    saved: Result<String, String>,
+}
+
+/// The program that the host's own variant is called by, and that flanneld uses.
+const IPTABLES: &str = "iptables";
+
 /// The rules of this host, whoever made them.
 #[derive(Debug, Default)]
 pub(super) struct Rules {
-    /// By iptables: the variant's name, and what `iptables-save` says or why not.
-    iptables: Vec<(&'static str, Result<String, String>)>,
+    /// By iptables.
+    iptables: Vec<Variant>,
     /// By nftables, as its JSON; `None`: not installed.
     nftables: Option<Result<String, String>>,
 }
@@ -36,8 +50,19 @@ impl Rules {
         let words = |said: Result<String, crate::rules::Error>| said.map_err(|error| error.to_string());
         Rules {
             iptables: match iptables {
-                Ok(saved) => saved.into_iter().map(|(name, said)| (name, words(said))).collect(),
-                Err(_) => vec![("iptables", Err(late()))],
+                Ok(all) => all
+                    .into_iter()
+                    .map(|saved| Variant {
+                        name: saved.variant,
+                        program: saved.program,
+                        saved: words(saved.text),
+                    })
+                    .collect(),
+                Err(_) => vec![Variant {
+                    name: IPTABLES,
+                    program: IPTABLES.to_owned(),
+                    saved: Err(late()),
+                }],
             },
             nftables: match nftables {
                 Ok(listed) => listed.map(words),
@@ -47,16 +72,22 @@ impl Rules {
     }
 
     /// One table of each variant of iptables.
-    pub(super) fn tables<'a>(&'a self, name: &'a str) -> impl Iterator<Item = (&'static str, Table)> + 'a {
-        let saved = self.iptables.iter();
-        saved.filter_map(move |(variant, saved)| Some((*variant, Table::parse(saved.as_deref().ok()?, name))))
+    pub(super) fn tables<'a>(&'a self, name: &'a str) -> impl Iterator<Item = (&'a Variant, Table)> + 'a {
+        let variants = self.iptables.iter();
+        variants.filter_map(move |variant| Some((variant, Table::parse(variant.saved.as_deref().ok()?, name))))
     }
 
     /// Why rules could not be looked at.
     fn unseen(&self) -> impl Iterator<Item = &str> {
-        let iptables = self.iptables.iter().filter_map(|(_, saved)| saved.as_ref().err());
+        let iptables = self.iptables.iter().filter_map(|variant| variant.saved.as_ref().err());
         let nftables = self.nftables.iter().filter_map(|listed| listed.as_ref().err());
         iptables.chain(nftables).map(String::as_str)
+    }
+
+    /// Whether flanneld keeps its own by nftables.
+    fn ours_by_nftables(&self) -> bool {
+        let mut all = self.nft().into_iter();
+        all.any(|entry| text(&entry["table"]["name"]).starts_with("flannel"))
     }
 
     /// The lists of chains and rules that nftables has.
@@ -251,8 +282,13 @@ fn forward(own: &Own, rules: &Rules, bridge: Option<&Link>) -> Check {
     };
     // `ends` has looked for both.
     let network = own.network.map_or(String::new(), |network| network.to_string());
-    let by_hand = format!("`iptables -I FORWARD -s {network} -j ACCEPT; iptables -I FORWARD -d {network} -j ACCEPT`");
-    for (variant, table) in rules.tables("filter") {
+    for (
+        Variant {
+            name: variant, program, ..
+        },
+        table,
+    ) in rules.tables("filter")
+    {
         for ((from, input), (to, output)) in [(here, there), (there, here)] {
             let packet = Packet {
                 from,
@@ -272,13 +308,19 @@ fn forward(own: &Own, rules: &Rules, bridge: Option<&Link>) -> Check {
                 None => format!("the policy of FORWARD is DROP ({variant}), and no rule accepts {dropped}"),
                 Some(rule) => format!("a rule of {variant} drops {dropped}: `{rule}`"),
             };
+            let by_hand =
+                format!("`{program} -I FORWARD -s {network} -j ACCEPT; {program} -I FORWARD -d {network} -j ACCEPT`");
             let remedy = match &rule {
+                // Ours are elsewhere: this drops what they accept.
+                None if program != IPTABLES || rules.ours_by_nftables() => {
+                    format!("{by_hand} (flanneld's own rules are not there)")
+                }
                 None => format!(
                     "let flanneld keep its rules (--iptables-forward-rules=true, the default) and restart it: `systemctl restart \
                      flanneld`; by hand: {by_hand}"
                 ),
                 Some(rule) => format!(
-                    "`iptables {}`, or accept the overlay's packets before it: {by_hand}",
+                    "`{program} {}`, or accept the overlay's packets before it: {by_hand}",
                     rule.replacen("-A", "-D", 1)
                 ),
             };
@@ -371,11 +413,7 @@ fn masquerades(own: &Own, picture: &Picture, rules: &Rules) -> Check {
     let by_iptables = walks
         .iter()
         .any(|walk| matches!(walk.verdict.as_str(), "MASQUERADE" | "SNAT"));
-    let by_nftables = rules
-        .nft()
-        .iter()
-        .any(|entry| text(&entry["table"]["name"]).starts_with("flannel"));
-    if by_iptables || by_nftables {
+    if by_iptables || rules.ours_by_nftables() {
         return Check::ok(Group::Forwarding, NAME, "what leaves the overlay is masqueraded");
     }
     let promised = "the subnet file says that flanneld masquerades (FLANNEL_IPMASQ=true), so Docker does not";
@@ -403,7 +441,11 @@ pub(super) mod tests {
     /// What `iptables-save` says.
     pub(crate) fn saved(text: &str) -> Rules {
         Rules {
-            iptables: vec![("iptables (nft)", Ok(text.to_owned()))],
+            iptables: vec![Variant {
+                name: "iptables (nft)",
+                program: IPTABLES.to_owned(),
+                saved: Ok(text.to_owned()),
+            }],
             nftables: None,
         }
     }
@@ -459,6 +501,37 @@ pub(super) mod tests {
                 .remedy
                 .unwrap()
                 .starts_with("`iptables -D FORWARD ! -i docker0 -o docker0 -j DROP`")
+        );
+    }
+
+    #[test]
+    fn the_remedy_is_for_the_program_that_has_the_rule() {
+        let of_legacy = |text: &str| {
+            let mut rules = filter(text);
+            rules.iptables[0].program = "iptables-legacy".to_owned();
+            forward(&own(), &rules, None).remedy.unwrap()
+        };
+        let by_hand = "`iptables-legacy -I FORWARD -s 10.5.0.0/16 -j ACCEPT; iptables-legacy -I FORWARD -d 10.5.0.0/16 \
+                       -j ACCEPT`";
+        let remedy = of_legacy("");
+        assert!(remedy.starts_with(by_hand) && !remedy.contains("restart"), "{remedy}");
+        let remedy = of_legacy("-A FORWARD -j DROP\n");
+        assert!(
+            remedy.starts_with("`iptables-legacy -D FORWARD -j DROP`") && remedy.ends_with(by_hand),
+            "{remedy}"
+        );
+    }
+
+    #[test]
+    fn no_restart_helps_where_our_rules_are_by_nftables_and_the_policy_is_iptables() {
+        let mut rules = filter("");
+        rules.nftables = Some(Ok(
+            r#"{"nftables":[{"table":{"family":"ip","name":"flannel-ipv4"}}]}"#.to_owned()
+        ));
+        let remedy = forward(&own(), &rules, None).remedy.unwrap();
+        assert!(
+            remedy.starts_with("`iptables -I FORWARD -s 10.5.0.0/16 -j ACCEPT;") && !remedy.contains("restart"),
+            "{remedy}"
         );
     }
 

@@ -6,17 +6,27 @@ use super::{
     tool::Tool,
 };
 
-/// What `iptables-save` says of IPv4, for the variant that the host uses and for the other one if it has any rules: a name for
-/// people, and the text.
-pub async fn iptables_saved() -> Vec<(&'static str, Result<String, Error>)> {
+/// What a variant of iptables has of IPv4.
+#[derive(Debug)]
+pub struct Saved {
+    /// For people: `iptables (legacy)`.
+    pub variant: &'static str,
+    /// What changes it: `iptables`, which is one of the two others, `iptables-nft` or `iptables-legacy`.
+    pub program: String,
+    /// What `iptables-save` says.
+    pub text: Result<String, Error>,
+}
+
+/// What there is of the variant that the host uses, and of the other one if it has any rules.
+pub async fn iptables_saved() -> Vec<Saved> {
     let Some(used) = Iptables::of_host().await else {
         return Vec::new();
     };
-    let mut saved = vec![(used.describe(), used.save_all().await)];
+    let mut saved = vec![used.save_all().await];
     if let Some(other) = Iptables::variant(used.other())
         && iptables::may_have_rules(used.other())
     {
-        saved.push((other.describe(), other.save_all().await));
+        saved.push(other.save_all().await);
     }
     saved
 }
@@ -28,8 +38,16 @@ pub async fn nft_ruleset() -> Option<Result<String, Error>> {
 }
 
 impl Iptables {
+    async fn save_all(&self) -> Saved {
+        Saved {
+            variant: self.describe(),
+            program: format!("iptables{}", self.infix()),
+            text: self.save_tables().await,
+        }
+    }
+
     /// All tables of IPv4. The legacy variant is not asked while it has none: that would make them.
-    async fn save_all(&self) -> Result<String, Error> {
+    async fn save_tables(&self) -> Result<String, Error> {
         if !iptables::may_have_rules(self.used()) {
             return Ok(String::new());
         }
