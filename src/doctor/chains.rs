@@ -77,6 +77,14 @@ impl Table {
         Some(Walk { verdict, rule, perhaps })
     }
 
+    /// The table with a rule at the start of the chain that accepts all; `None`: there is no such chain.
+    pub(super) fn accepting_in(&self, chain: &str) -> Option<Table> {
+        let mut table = self.clone();
+        let rules = &mut table.0.get_mut(chain)?.rules;
+        rules.insert(0, format!("-A {chain} -j ACCEPT"));
+        Some(table)
+    }
+
     /// The rule of a chain that drops what comes from `from` by the interface `input` to one address of `subnet`.
     pub(super) fn drop_within(&self, chain: &str, from: Ipv4Addr, input: &str, subnet: Ipv4Net) -> Option<&str> {
         let drops = |line: &&String| {

@@ -31,6 +31,9 @@ pub(super) struct Variant {
 /// The program that the host's own variant is called by, and that flanneld uses.
 const IPTABLES: &str = "iptables";
 
+/// The chain that Docker has FORWARD begin with, and leaves to the administrator: what it has otherwise it makes anew when it starts.
+const DOCKER_USER: &str = "DOCKER-USER";
+
 /// The rules of this host, whoever made them.
 #[derive(Debug, Default)]
 pub(super) struct Rules {
@@ -308,8 +311,13 @@ fn forward(own: &Own, rules: &Rules, bridge: Option<&Link>) -> Check {
                 None => format!("the policy of FORWARD is DROP ({variant}), and no rule accepts {dropped}"),
                 Some(rule) => format!("a rule of {variant} drops {dropped}: `{rule}`"),
             };
+            let lasting = table
+                .accepting_in(DOCKER_USER)
+                .and_then(|table| table.walk("FORWARD", packet));
+            let lasts = lasting.is_some_and(|walk| walk.verdict == "ACCEPT");
+            let chain = if lasts { DOCKER_USER } else { "FORWARD" };
             let by_hand =
-                format!("`{program} -I FORWARD -s {network} -j ACCEPT; {program} -I FORWARD -d {network} -j ACCEPT`");
+                format!("`{program} -I {chain} -s {network} -j ACCEPT; {program} -I {chain} -d {network} -j ACCEPT`");
             let remedy = match &rule {
                 // Ours are elsewhere: this drops what they accept.
                 None if program != IPTABLES || rules.ours_by_nftables() => {
@@ -319,6 +327,10 @@ fn forward(own: &Own, rules: &Rules, bridge: Option<&Link>) -> Check {
                     "let flanneld keep its rules (--iptables-forward-rules=true, the default) and restart it: `systemctl restart \
                      flanneld`; by hand: {by_hand}"
                 ),
+                // Docker would put it there again.
+                Some(rule) if lasts && of_docker(rule) => {
+                    format!("accept the overlay's packets before Docker's rules: {by_hand}")
+                }
                 Some(rule) => format!(
                     "`{program} {}`, or accept the overlay's packets before it: {by_hand}",
                     rule.replacen("-A", "-D", 1)
@@ -353,6 +365,12 @@ fn forward(own: &Own, rules: &Rules, bridge: Option<&Link>) -> Check {
         };
     }
     Check::ok(Group::Forwarding, NAME, "no rule drops the overlay's packets")
+}
+
+/// Whether the rule is of a chain that Docker makes anew when it starts.
+fn of_docker(rule: &str) -> bool {
+    let chain = rule.split(' ').nth(1).unwrap_or_default();
+    chain.starts_with("DOCKER") && chain != DOCKER_USER
 }
 
 /// A chain of nftables at the forward hook whose policy is to drop, and whether any rule of it accepts anything. iptables' own chain
@@ -532,6 +550,40 @@ pub(super) mod tests {
         assert!(
             remedy.starts_with("`iptables -I FORWARD -s 10.5.0.0/16 -j ACCEPT;") && !remedy.contains("restart"),
             "{remedy}"
+        );
+    }
+
+    #[test]
+    fn dockers_rules_are_left_alone_where_its_chain_for_others_comes_first() {
+        let docker = "\
+:DOCKER - [0:0]
+:DOCKER-USER - [0:0]
+:KUBE-FORWARD - [0:0]
+-A FORWARD -j KUBE-FORWARD
+-A FORWARD -j DOCKER-USER
+-A FORWARD -o docker0 -j DOCKER
+";
+        let user =
+            "`iptables -I DOCKER-USER -s 10.5.0.0/16 -j ACCEPT; iptables -I DOCKER-USER -d 10.5.0.0/16 -j ACCEPT`";
+        let remedy = |rules: &str| forward(&own(), &filter(rules), None).remedy.unwrap();
+        let policy = remedy(docker);
+        assert!(
+            policy.contains("systemctl restart flanneld") && policy.ends_with(user),
+            "{policy}"
+        );
+        let dropped = remedy(&format!("{docker}-A DOCKER ! -i docker0 -o docker0 -j DROP\n"));
+        assert!(dropped.ends_with(user) && !dropped.contains("-D"), "{dropped}");
+        // Its own rules, which it leaves there.
+        let dropped = remedy(&format!("{docker}-A DOCKER-USER -i flannel0 -j DROP\n"));
+        assert!(
+            dropped.starts_with("`iptables -D DOCKER-USER -i flannel0 -j DROP`"),
+            "{dropped}"
+        );
+        // What drops them before.
+        let dropped = remedy(&format!("-A FORWARD -i flannel0 -j DROP\n{docker}"));
+        assert!(
+            dropped.contains("-I FORWARD -s 10.5.0.0/16") && !dropped.contains("DOCKER"),
+            "{dropped}"
         );
     }
 
