@@ -571,16 +571,16 @@ pub(super) mod tests {
             policy.contains("systemctl restart flanneld") && policy.ends_with(user),
             "{policy}"
         );
-        let dropped = remedy(&format!("{docker}-A DOCKER ! -i docker0 -o docker0 -j DROP\n"));
+        let dropped = remedy(&format!("{docker}-A DOCKER ! -i docker0 -o docker0 -j DROP\n{OURS}"));
         assert!(dropped.ends_with(user) && !dropped.contains("-D"), "{dropped}");
-        // Its own rules, which it leaves there.
-        let dropped = remedy(&format!("{docker}-A DOCKER-USER -i flannel0 -j DROP\n"));
+        // The administrator's rules, which Docker leaves there.
+        let dropped = remedy(&format!("{docker}-A DOCKER-USER -i flannel0 -j DROP\n{OURS}"));
         assert!(
             dropped.starts_with("`iptables -D DOCKER-USER -i flannel0 -j DROP`"),
             "{dropped}"
         );
         // What drops them before.
-        let dropped = remedy(&format!("-A FORWARD -i flannel0 -j DROP\n{docker}"));
+        let dropped = remedy(&format!("-A FORWARD -i flannel0 -j DROP\n{docker}{OURS}"));
         assert!(
             dropped.contains("-I FORWARD -s 10.5.0.0/16") && !dropped.contains("DOCKER"),
             "{dropped}"
