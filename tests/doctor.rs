@@ -11,6 +11,7 @@ use lab::{
 };
 use serde::Deserialize;
 use std::{
+    fs,
     net::{IpAddr, Ipv4Addr},
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -500,5 +501,39 @@ fn the_units_environment_leads_the_doctor_to_the_daemon() {
     assert_eq!(
         ping(&overlay.containers[0].ns, overlay.daemons[0].subnet().subnet.addr(), 1).received,
         1
+    );
+}
+
+#[test]
+fn the_units_file_of_options_does_for_the_doctor_in_a_shell() {
+    let overlay = Overlay::start("doctor_options", 1);
+    let file = overlay.lab.dir().join("flanneld");
+    let options = format!(
+        "--registry-dir={} --iface=eth0 --ip-masq=false --healthz-port=8080 --iface-regex=^192[.]168[.]*",
+        overlay.lab.dir().join("registry").display()
+    );
+    let subnet_file = overlay.daemons[0].subnet_file();
+    let text = format!(
+        "FLANNELD_SUBNET_FILE={}\nFLANNEL_OPTIONS=\"{options}\"\n",
+        subnet_file.display()
+    );
+    fs::write(&file, text).unwrap();
+    // As in the README.
+    let line = format!(
+        "set -af; . {}; {} doctor -etcd-endpoints=$FLANNEL_ETCD_ENDPOINTS -etcd-prefix=$FLANNEL_ETCD_PREFIX $FLANNEL_OPTIONS",
+        file.display(),
+        env!("CARGO_BIN_EXE_flanneld")
+    );
+    let output = overlay.hosts[0]
+        .ns()
+        .command("sh")
+        .args(["-c", &line])
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success() && text.ends_with("\nNothing is wrong.\n"),
+        "{text}{errors}"
     );
 }

@@ -244,6 +244,19 @@ pub fn command() -> Command {
         // The help says once how they are named.
         .mut_args(|arg| go_flags::as_go_boolean(without_empty_env(arg).hide_env(true)))
         .mut_subcommands(|subcommand| subcommand.mut_args(without_empty_env))
+        .mut_subcommand("doctor", with_the_daemons_flags)
+}
+
+/// Lets a subcommand be given all flags of the daemon, as they stand in a service's options; those that it has no use for it does
+/// not look at.
+fn with_the_daemons_flags(subcommand: Command) -> Command {
+    let own: Vec<String> = subcommand.get_arguments().map(|arg| arg.get_id().to_string()).collect();
+    let daemon = RunArgs::augment_args(Command::new("flanneld"));
+    let others = daemon
+        .get_arguments()
+        .filter(|arg| !own.contains(&arg.get_id().to_string()))
+        .map(|arg| go_flags::as_go_boolean(arg.clone().hide(true).env(None::<&'static str>)));
+    subcommand.args(others)
 }
 
 /// An empty variable is an unset one, as in the original: service files are full of `FLANNELD_IFACE=`.
@@ -436,6 +449,28 @@ mod tests {
             );
             assert!(matches!(action, Action::Leases(_)), "{line}");
         }
+    }
+
+    #[test]
+    fn the_doctor_takes_what_a_service_gives_the_daemon() {
+        let line = "doctor -etcd-endpoints=http://192.0.2.1:2379 -etcd-prefix= --iface=eth1 --ip-masq -iptables-resync 10 \
+                    --subnet-file /run/x.env -healthz-port=8080 -workers 2 -offload=false -public-ipv6 fd00::1 -v 2 --json";
+        let Invocation { registry, action, .. } = invocation(line).unwrap();
+        assert_eq!(registry.etcd_endpoints, ["http://192.0.2.1:2379"]);
+        assert_eq!(registry.etcd_prefix, "/coreos.com/network");
+        let Action::Doctor(args) = action else {
+            panic!("{action:?}")
+        };
+        let said = format!("{args:?}");
+        assert!(
+            said.contains(r#"iface: ["eth1"]"#) && said.contains("/run/x.env"),
+            "{said}"
+        );
+        // Without being offered.
+        let help = error("doctor --help");
+        assert!(help.contains("--iface ") && !help.contains("--ip-masq"), "{help}");
+        assert!(error("doctor --ip-mask").contains("--ip-masq"));
+        assert!(error("status --ip-masq").contains("--ip-masq"));
     }
 
     #[test]
