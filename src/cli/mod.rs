@@ -154,7 +154,14 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, cla
             .find(given)
             .and_then(Arg::get_long);
         if let Some(flag) = stray {
-            let message = format!("--{flag} is the daemon's flag; `flanneld {name}` does not take it");
+            let takes_it = command
+                .find_subcommand(name)
+                .is_some_and(|subcommand| subcommand.get_arguments().any(|arg| arg.get_long() == Some(flag)));
+            let message = if takes_it {
+                format!("--{flag} stands before `{name}`: write it after that, as in `flanneld {name} --{flag}`")
+            } else {
+                format!("--{flag} is the daemon's flag; `flanneld {name}` does not take it")
+            };
             return Err(command.error(ErrorKind::ArgumentConflict, message));
         }
     }
@@ -466,6 +473,7 @@ mod tests {
             said.contains(r#"iface: ["eth1"]"#) && said.contains("/run/x.env"),
             "{said}"
         );
+        assert!(error("-ip-masq doctor").contains("`flanneld doctor --ip-masq`"));
         // Without being offered.
         let help = error("doctor --help");
         assert!(help.contains("--iface ") && !help.contains("--ip-masq"), "{help}");
