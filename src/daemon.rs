@@ -196,7 +196,7 @@ async fn serve(settings: &Settings, board: &Board, slot: &PresenceSlot) -> Resul
         own = lease(settings, &network, &external, &*backend, &previous) => own?,
         lost = &mut present => return Err(lost.into()),
     };
-    board.lease(&own.lease, own.left);
+    board.lease(&own.lease, own.left, settings.renew_margin);
     leftovers::remove(&mut kernel, &overlays, network.backend())?;
     backend.start(&network, &own.lease)?;
     let dropped = if settings.blackhole_route {
@@ -218,7 +218,7 @@ async fn serve(settings: &Settings, board: &Board, slot: &PresenceSlot) -> Resul
     ));
     let (in_place, mut rules_in_place) = oneshot::channel();
     let rules = Keeper::new(settings.rules, mechanism, &network, &own.lease.subnets);
-    let mut ruling = pin!(rules.keep(in_place));
+    let mut ruling = pin!(rules.keep(in_place, || board.rules_repaired()));
     let mut moving: MovingLease = Box::pin(pending());
     let mut run = Run {
         settings,
