@@ -43,7 +43,7 @@ use crate::{
         watch::{self as lease_watch, OwnAddresses, PeerSet, Revoked},
     },
     network::{self, BackendKind, LoadError, Network},
-    observe::{board::Board, health, outage::Outage, registry::Observed, socket},
+    observe::{self, board::Board, health, outage::Outage, registry::Observed, socket},
     registry::{Registry, TtlId},
     rules::{self, Keeper, Mechanism},
     subnet_file::{Previous, Share, SubnetFile, WriteError},
@@ -51,6 +51,10 @@ use crate::{
 
 use blackhole::Blackhole;
 use pace::{Look, Pace};
+
+/// How long the external address may be away before another one of the interface is taken for it: a DHCP client, or a person,
+/// removes and adds it in this time.
+const AWAY: Duration = Duration::from_secs(2);
 
 /// How long a stopping daemon waits for the registry to take its claim back.
 const LEAVE: Duration = Duration::from_secs(2);
@@ -233,6 +237,10 @@ async fn serve(settings: &Settings, board: &Board, slot: &PresenceSlot) -> Resul
         ruled: false,
         ready: false,
         interface: Outage::of("following the external interface"),
+        away_since: None,
+        again: None,
+        file_is_due: false,
+        file: Outage::of("writing the subnet file"),
         pace: Pace::new(Instant::now()),
     };
     run.tell_of_backend();
@@ -308,6 +316,13 @@ struct Run<'a> {
     ready: bool,
     /// The external interface's coming and going.
     interface: Outage,
+    /// Since when its address has been away.
+    away_since: Option<Instant>,
+    /// When it is to be looked at again.
+    again: Option<Instant>,
+    /// Whether the subnet file says what is no longer so.
+    file_is_due: bool,
+    file: Outage,
     pace: Pace,
 }
 
@@ -353,9 +368,22 @@ impl Run<'_> {
             self.backend.recheck();
         }
         let news = self.follow_interface()?;
+        if self.file_is_due {
+            // A full or read-only /run is no reason to stop what works.
+            match self.write_subnet_file() {
+                Ok(()) => {
+                    self.file.over();
+                    self.file_is_due = false;
+                }
+                Err(error) => drop(self.file.failed(&observe::chain(&error))),
+            }
+        }
         self.blackhole.keep(&mut self.kernel);
         self.apply()?;
         self.pace.looked(look, Instant::now());
+        if let Some(again) = self.again.take() {
+            self.pace.look_at(again);
+        }
         Ok(news)
     }
 
@@ -370,8 +398,17 @@ impl Run<'_> {
         };
         if now == self.external {
             self.interface.over();
+            self.away_since = None;
             return Ok(None);
         }
+        if now.address != self.external.address {
+            let since = *self.away_since.get_or_insert(Instant::now());
+            if since.elapsed() < AWAY {
+                self.again = Some(since + AWAY);
+                return Ok(None);
+            }
+        }
+        self.away_since = None;
         let mtu = self.backend.mtu();
         if let Err(error) = self.backend.adapt(&now) {
             self.interface.failed(&error.to_string());
@@ -393,7 +430,7 @@ impl Run<'_> {
         self.board.external(&self.external);
         self.tell_of_backend();
         if self.backend.mtu() != mtu && self.ready {
-            self.write_subnet_file()?;
+            self.file_is_due = true;
             warn!(
                 "containers may now send packets of {} bytes, and not of {mtu}: restart Docker, or what else reads {}, so that \
                  they learn of it",
