@@ -56,6 +56,11 @@ use pace::{Look, Pace};
 /// removes and adds it in this time.
 const AWAY: Duration = Duration::from_secs(2);
 
+/// How long, and how often, a claim to a new PublicIP is tried while another host has it: two hosts may swap addresses, and a
+/// claim that is not kept any more is forgotten within 30 s.
+const HANDOVER: Duration = Duration::from_secs(60);
+const HANDOVER_RETRY: Duration = Duration::from_secs(5);
+
 /// How long a stopping daemon waits for the registry to take its claim back.
 const LEAVE: Duration = Duration::from_secs(2);
 
@@ -141,19 +146,16 @@ pub async fn run(mut settings: Settings) -> Result<(), Error> {
     settings.registry = Arc::new(Observed::new(settings.registry, board.clone()));
     let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signal)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signal)?;
-    let presence = PresenceSlot::default();
+    let claims = Claims::default();
     // Whatever `serve` holds (the engine, and with it the device) is dropped when it ends or is abandoned here.
     let outcome = tokio::select! {
         _ = terminate.recv() => stopping("SIGTERM"),
         _ = interrupt.recv() => stopping("SIGINT"),
-        ended = serve(&settings, &board, &presence) => ended,
+        ended = serve(&settings, &board, &claims) => ended,
     };
     tell_supervisor(NotifyState::Stopping);
-    let held = presence.take();
-    if let Some(presence) = held {
-        // An unreachable registry forgets the claim by itself.
-        let _ = timeout(LEAVE, presence.withdraw()).await;
-    }
+    // An unreachable registry forgets the claims by itself.
+    let _ = timeout(LEAVE, withdraw(claims.take())).await;
     outcome
 }
 
@@ -162,7 +164,7 @@ fn stopping(signal: &str) -> Result<(), Error> {
     Ok(())
 }
 
-async fn serve(settings: &Settings, board: &Board, slot: &PresenceSlot) -> Result<(), Error> {
+async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<(), Error> {
     // Not only when the device is made: this host's lease would have been taken by then.
     if !kernel::may_administer() {
         return Err(Error::Unprivileged);
@@ -193,7 +195,7 @@ async fn serve(settings: &Settings, board: &Board, slot: &PresenceSlot) -> Resul
     let mut backend = backend_of(&network, &external, &overlays, settings, failures)?;
     board.waiting_for("this host's PublicIP to be free");
     let mut present = Box::pin(keep_presence(
-        claim(&settings.registry, external.public_ip, slot).await?,
+        claim(&settings.registry, external.public_ip, claims).await?,
     ));
     board.waiting_for("a lease");
     let own = tokio::select! {
@@ -265,21 +267,26 @@ async fn serve(settings: &Settings, board: &Board, slot: &PresenceSlot) -> Resul
             () = sleep_until(at) => {
                 if let Some(value) = run.look(look)? {
                     addresses.add(value.public_ip);
-                    moving = Box::pin(move_lease(settings, slot, run.lease.clone(), &addresses, value));
+                    // The address before is another host's to claim now.
+                    present = Box::pin(keep_presence(None));
+                    moving = Box::pin(move_lease(settings, claims, run.lease.clone(), &addresses, value));
                 }
             }
             moved = &mut moving => {
                 moving = Box::pin(pending());
-                let Moved { lease, claimed, released } = moved?;
-                info!("published the new PublicIP {}", lease.value.public_ip);
-                addresses.settle(lease.value.public_ip);
+                let Moved { lease, claimed } = moved?;
+                let public_ip = lease.value.public_ip;
+                info!("published the new PublicIP {public_ip}");
+                addresses.settle(public_ip);
+                // Another host may have the address before, and was taken for this one.
+                watching.set(lease_watch::watch(registry, &first, &addresses, &publish));
                 board.republished(&lease);
                 run.lease = lease;
+                let (kept, released) = claims.take().into_iter().partition(|held| held.public_ip() == public_ip);
+                claims.replace(kept);
                 present = Box::pin(keep_presence(claimed));
-                if let Some(released) = released {
-                    // The registry may be slow, and forgets it by itself.
-                    tokio::spawn(async move { timeout(LEAVE, released.withdraw()).await });
-                }
+                // The registry may be slow, and forgets them by itself.
+                tokio::spawn(timeout(LEAVE, withdraw(released)));
             }
         }
     }
@@ -292,12 +299,10 @@ struct Moved {
     lease: Lease,
     /// The claim to that.
     claimed: Option<Arc<Presence>>,
-    /// The claim to the PublicIP before.
-    released: Option<Arc<Presence>>,
 }
 
-/// Where the claim is kept that is to be taken back in the end.
-type PresenceSlot = RefCell<Option<Arc<Presence>>>;
+/// The claims that are to be taken back in the end: more than one while the PublicIP changes.
+type Claims = RefCell<Vec<Arc<Presence>>>;
 
 /// A daemon that has its lease.
 struct Run<'a> {
@@ -474,26 +479,27 @@ impl Run<'_> {
 /// Claims another PublicIP, and publishes it in this host's lease.
 async fn move_lease(
     settings: &Settings,
-    slot: &PresenceSlot,
+    claims: &Claims,
     own: Lease,
     addresses: &OwnAddresses,
     value: LeaseValue,
 ) -> Result<Moved, Error> {
-    let held = slot.borrow().clone();
-    let (claimed, released) = match held {
-        Some(held) if held.public_ip() == value.public_ip => (Some(held), None),
-        held => (claim(&settings.registry, value.public_ip, slot).await?, held),
+    // An address that comes back has its claim still.
+    let held = claims
+        .borrow()
+        .iter()
+        .find(|held| held.public_ip() == value.public_ip)
+        .cloned();
+    let claimed = match held {
+        Some(held) => Some(held),
+        None => claim_after_others(&settings.registry, value.public_ip, claims).await?,
     };
     let mut outage = Outage::of("publishing the new PublicIP");
     loop {
         match republish(&*settings.registry, &own, addresses, &value).await {
             Ok(Some(lease)) => {
                 outage.over();
-                return Ok(Moved {
-                    lease,
-                    claimed,
-                    released,
-                });
+                return Ok(Moved { lease, claimed });
             }
             // It is not ours any more, which the watch will tell.
             Ok(None) => pending().await,
@@ -584,7 +590,7 @@ fn backend_of(
 async fn claim(
     registry: &Arc<dyn Registry>,
     public_ip: Ipv4Addr,
-    slot: &PresenceSlot,
+    claims: &Claims,
 ) -> Result<Option<Arc<Presence>>, Error> {
     let mut outage = Outage::of("claiming this host's PublicIP");
     loop {
@@ -592,7 +598,7 @@ async fn claim(
             Ok(presence) => {
                 outage.over();
                 let presence = Arc::new(presence);
-                slot.replace(Some(Arc::clone(&presence)));
+                claims.borrow_mut().push(Arc::clone(&presence));
                 return Ok(Some(presence));
             }
             Err(ClaimError::Registry(error)) if error.is_transient() => {
@@ -605,6 +611,24 @@ async fn claim(
                 return Ok(None);
             }
             Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// As [`claim`], of an address that another host may have had till now, and may not have noticed yet.
+async fn claim_after_others(
+    registry: &Arc<dyn Registry>,
+    public_ip: Ipv4Addr,
+    claims: &Claims,
+) -> Result<Option<Arc<Presence>>, Error> {
+    let begun = Instant::now();
+    loop {
+        match claim(registry, public_ip, claims).await {
+            Err(Error::Claim(ClaimError::InUse { hostname, .. })) if begun.elapsed() < HANDOVER => {
+                warn!("the new PublicIP {public_ip} is still claimed by host {hostname}: trying again");
+                sleep(HANDOVER_RETRY).await;
+            }
+            claimed => return claimed,
         }
     }
 }
@@ -645,6 +669,13 @@ async fn keep_lease(registry: &dyn Registry, time: Option<(TtlId, Duration)>, ma
     }
     // A reservation needs no keeping; of a lease that ran out the watch tells.
     pending().await
+}
+
+/// Takes claims back.
+async fn withdraw(claims: Vec<Arc<Presence>>) {
+    for claim in claims {
+        claim.withdraw().await;
+    }
 }
 
 /// Keeps the claim for as long as this is awaited; returns when another daemon has it.
