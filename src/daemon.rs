@@ -43,7 +43,7 @@ use crate::{
         watch::{self as lease_watch, OwnAddresses, PeerSet, Revoked},
     },
     network::{self, BackendKind, LoadError, Network},
-    observe::{board::Board, health, outage::Outage, registry::Observed, socket},
+    observe::{self, board::Board, health, outage::Outage, registry::Observed, socket},
     registry::{Registry, TtlId},
     rules::{self, Keeper, Mechanism},
     subnet_file::{Previous, Share, SubnetFile, WriteError},
@@ -51,6 +51,15 @@ use crate::{
 
 use blackhole::Blackhole;
 use pace::{Look, Pace};
+
+/// How long the external address may be away before another one of the interface is taken for it: a DHCP client, or a person,
+/// removes and adds it in this time.
+const AWAY: Duration = Duration::from_secs(2);
+
+/// How long, and how often, a claim to a new PublicIP is tried while another host has it: two hosts may swap addresses, and a
+/// claim that is not kept any more is forgotten within 30 s.
+const HANDOVER: Duration = Duration::from_secs(60);
+const HANDOVER_RETRY: Duration = Duration::from_secs(5);
 
 /// How long a stopping daemon waits for the registry to take its claim back.
 const LEAVE: Duration = Duration::from_secs(2);
@@ -137,19 +146,16 @@ pub async fn run(mut settings: Settings) -> Result<(), Error> {
     settings.registry = Arc::new(Observed::new(settings.registry, board.clone()));
     let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signal)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signal)?;
-    let presence = PresenceSlot::default();
+    let claims = Claims::default();
     // Whatever `serve` holds (the engine, and with it the device) is dropped when it ends or is abandoned here.
     let outcome = tokio::select! {
         _ = terminate.recv() => stopping("SIGTERM"),
         _ = interrupt.recv() => stopping("SIGINT"),
-        ended = serve(&settings, &board, &presence) => ended,
+        ended = serve(&settings, &board, &claims) => ended,
     };
     tell_supervisor(NotifyState::Stopping);
-    let held = presence.take();
-    if let Some(presence) = held {
-        // An unreachable registry forgets the claim by itself.
-        let _ = timeout(LEAVE, presence.withdraw()).await;
-    }
+    // An unreachable registry forgets the claims by itself.
+    let _ = timeout(LEAVE, withdraw(claims.take())).await;
     outcome
 }
 
@@ -158,7 +164,7 @@ fn stopping(signal: &str) -> Result<(), Error> {
     Ok(())
 }
 
-async fn serve(settings: &Settings, board: &Board, slot: &PresenceSlot) -> Result<(), Error> {
+async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<(), Error> {
     // Not only when the device is made: this host's lease would have been taken by then.
     if !kernel::may_administer() {
         return Err(Error::Unprivileged);
@@ -189,14 +195,14 @@ async fn serve(settings: &Settings, board: &Board, slot: &PresenceSlot) -> Resul
     let mut backend = backend_of(&network, &external, &overlays, settings, failures)?;
     board.waiting_for("this host's PublicIP to be free");
     let mut present = Box::pin(keep_presence(
-        claim(&settings.registry, external.public_ip, slot).await?,
+        claim(&settings.registry, external.public_ip, claims).await?,
     ));
     board.waiting_for("a lease");
     let own = tokio::select! {
         own = lease(settings, &network, &external, &*backend, &previous) => own?,
         lost = &mut present => return Err(lost.into()),
     };
-    board.lease(&own.lease, own.left);
+    board.lease(&own.lease, own.left, settings.renew_margin);
     leftovers::remove(&mut kernel, &overlays, network.backend())?;
     backend.start(&network, &own.lease)?;
     let dropped = if settings.blackhole_route {
@@ -218,7 +224,7 @@ async fn serve(settings: &Settings, board: &Board, slot: &PresenceSlot) -> Resul
     ));
     let (in_place, mut rules_in_place) = oneshot::channel();
     let rules = Keeper::new(settings.rules, mechanism, &network, &own.lease.subnets);
-    let mut ruling = pin!(rules.keep(in_place));
+    let mut ruling = pin!(rules.keep(in_place, || board.rules_repaired()));
     let mut moving: MovingLease = Box::pin(pending());
     let mut run = Run {
         settings,
@@ -233,6 +239,10 @@ async fn serve(settings: &Settings, board: &Board, slot: &PresenceSlot) -> Resul
         ruled: false,
         ready: false,
         interface: Outage::of("following the external interface"),
+        away_since: None,
+        again: None,
+        file_is_due: false,
+        file: Outage::of("writing the subnet file"),
         pace: Pace::new(Instant::now()),
     };
     run.tell_of_backend();
@@ -257,21 +267,26 @@ async fn serve(settings: &Settings, board: &Board, slot: &PresenceSlot) -> Resul
             () = sleep_until(at) => {
                 if let Some(value) = run.look(look)? {
                     addresses.add(value.public_ip);
-                    moving = Box::pin(move_lease(settings, slot, run.lease.clone(), &addresses, value));
+                    // The address before is another host's to claim now.
+                    present = Box::pin(keep_presence(None));
+                    moving = Box::pin(move_lease(settings, claims, run.lease.clone(), &addresses, value));
                 }
             }
             moved = &mut moving => {
                 moving = Box::pin(pending());
-                let Moved { lease, claimed, released } = moved?;
-                info!("published the new PublicIP {}", lease.value.public_ip);
-                addresses.settle(lease.value.public_ip);
+                let Moved { lease, claimed } = moved?;
+                let public_ip = lease.value.public_ip;
+                info!("published the new PublicIP {public_ip}");
+                addresses.settle(public_ip);
+                // Another host may have the address before, and was taken for this one.
+                watching.set(lease_watch::watch(registry, &first, &addresses, &publish));
                 board.republished(&lease);
                 run.lease = lease;
+                let (kept, released) = claims.take().into_iter().partition(|held| held.public_ip() == public_ip);
+                claims.replace(kept);
                 present = Box::pin(keep_presence(claimed));
-                if let Some(released) = released {
-                    // The registry may be slow, and forgets it by itself.
-                    tokio::spawn(async move { timeout(LEAVE, released.withdraw()).await });
-                }
+                // The registry may be slow, and forgets them by itself.
+                tokio::spawn(timeout(LEAVE, withdraw(released)));
             }
         }
     }
@@ -284,12 +299,10 @@ struct Moved {
     lease: Lease,
     /// The claim to that.
     claimed: Option<Arc<Presence>>,
-    /// The claim to the PublicIP before.
-    released: Option<Arc<Presence>>,
 }
 
-/// Where the claim is kept that is to be taken back in the end.
-type PresenceSlot = RefCell<Option<Arc<Presence>>>;
+/// The claims that are to be taken back in the end: more than one while the PublicIP changes.
+type Claims = RefCell<Vec<Arc<Presence>>>;
 
 /// A daemon that has its lease.
 struct Run<'a> {
@@ -308,6 +321,13 @@ struct Run<'a> {
     ready: bool,
     /// The external interface's coming and going.
     interface: Outage,
+    /// Since when its address has been away.
+    away_since: Option<Instant>,
+    /// When it is to be looked at again.
+    again: Option<Instant>,
+    /// Whether the subnet file says what is no longer so.
+    file_is_due: bool,
+    file: Outage,
     pace: Pace,
 }
 
@@ -353,9 +373,22 @@ impl Run<'_> {
             self.backend.recheck();
         }
         let news = self.follow_interface()?;
+        if self.file_is_due {
+            // A full or read-only /run is no reason to stop what works.
+            match self.write_subnet_file() {
+                Ok(()) => {
+                    self.file.over();
+                    self.file_is_due = false;
+                }
+                Err(error) => drop(self.file.failed(&observe::chain(&error))),
+            }
+        }
         self.blackhole.keep(&mut self.kernel);
         self.apply()?;
         self.pace.looked(look, Instant::now());
+        if let Some(again) = self.again.take() {
+            self.pace.look_at(again);
+        }
         Ok(news)
     }
 
@@ -370,8 +403,17 @@ impl Run<'_> {
         };
         if now == self.external {
             self.interface.over();
+            self.away_since = None;
             return Ok(None);
         }
+        if now.address != self.external.address {
+            let since = *self.away_since.get_or_insert(Instant::now());
+            if since.elapsed() < AWAY {
+                self.again = Some(since + AWAY);
+                return Ok(None);
+            }
+        }
+        self.away_since = None;
         let mtu = self.backend.mtu();
         if let Err(error) = self.backend.adapt(&now) {
             self.interface.failed(&error.to_string());
@@ -393,7 +435,7 @@ impl Run<'_> {
         self.board.external(&self.external);
         self.tell_of_backend();
         if self.backend.mtu() != mtu && self.ready {
-            self.write_subnet_file()?;
+            self.file_is_due = true;
             warn!(
                 "containers may now send packets of {} bytes, and not of {mtu}: restart Docker, or what else reads {}, so that \
                  they learn of it",
@@ -437,26 +479,27 @@ impl Run<'_> {
 /// Claims another PublicIP, and publishes it in this host's lease.
 async fn move_lease(
     settings: &Settings,
-    slot: &PresenceSlot,
+    claims: &Claims,
     own: Lease,
     addresses: &OwnAddresses,
     value: LeaseValue,
 ) -> Result<Moved, Error> {
-    let held = slot.borrow().clone();
-    let (claimed, released) = match held {
-        Some(held) if held.public_ip() == value.public_ip => (Some(held), None),
-        held => (claim(&settings.registry, value.public_ip, slot).await?, held),
+    // An address that comes back has its claim still.
+    let held = claims
+        .borrow()
+        .iter()
+        .find(|held| held.public_ip() == value.public_ip)
+        .cloned();
+    let claimed = match held {
+        Some(held) => Some(held),
+        None => claim_after_others(&settings.registry, value.public_ip, claims).await?,
     };
     let mut outage = Outage::of("publishing the new PublicIP");
     loop {
         match republish(&*settings.registry, &own, addresses, &value).await {
             Ok(Some(lease)) => {
                 outage.over();
-                return Ok(Moved {
-                    lease,
-                    claimed,
-                    released,
-                });
+                return Ok(Moved { lease, claimed });
             }
             // It is not ours any more, which the watch will tell.
             Ok(None) => pending().await,
@@ -547,7 +590,7 @@ fn backend_of(
 async fn claim(
     registry: &Arc<dyn Registry>,
     public_ip: Ipv4Addr,
-    slot: &PresenceSlot,
+    claims: &Claims,
 ) -> Result<Option<Arc<Presence>>, Error> {
     let mut outage = Outage::of("claiming this host's PublicIP");
     loop {
@@ -555,7 +598,7 @@ async fn claim(
             Ok(presence) => {
                 outage.over();
                 let presence = Arc::new(presence);
-                slot.replace(Some(Arc::clone(&presence)));
+                claims.borrow_mut().push(Arc::clone(&presence));
                 return Ok(Some(presence));
             }
             Err(ClaimError::Registry(error)) if error.is_transient() => {
@@ -568,6 +611,24 @@ async fn claim(
                 return Ok(None);
             }
             Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// As [`claim`], of an address that another host may have had till now, and may not have noticed yet.
+async fn claim_after_others(
+    registry: &Arc<dyn Registry>,
+    public_ip: Ipv4Addr,
+    claims: &Claims,
+) -> Result<Option<Arc<Presence>>, Error> {
+    let begun = Instant::now();
+    loop {
+        match claim(registry, public_ip, claims).await {
+            Err(Error::Claim(ClaimError::InUse { hostname, .. })) if begun.elapsed() < HANDOVER => {
+                warn!("the new PublicIP {public_ip} is still claimed by host {hostname}: trying again");
+                sleep(HANDOVER_RETRY).await;
+            }
+            claimed => return claimed,
         }
     }
 }
@@ -608,6 +669,13 @@ async fn keep_lease(registry: &dyn Registry, time: Option<(TtlId, Duration)>, ma
     }
     // A reservation needs no keeping; of a lease that ran out the watch tells.
     pending().await
+}
+
+/// Takes claims back.
+async fn withdraw(claims: Vec<Arc<Presence>>) {
+    for claim in claims {
+        claim.withdraw().await;
+    }
 }
 
 /// Keeps the claim for as long as this is awaited; returns when another daemon has it.

@@ -405,7 +405,7 @@ fn what_no_container_has_is_dropped_if_that_is_wanted() {
     ns.ip("route flush type blackhole").unwrap();
     wait_until(PATIENCE, "the route to be put back", || blackholes() == route).unwrap();
 
-    let mut without = Daemon::new(&overlay.lab, &overlay.hosts[0], &overlay.registry);
+    let mut without = Daemon::named("without", &overlay.lab, &overlay.hosts[0], &overlay.registry);
     assert!(overlay.daemons[0].stop().success());
     assert_eq!(blackholes(), route);
     without.start_and_wait();

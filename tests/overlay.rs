@@ -403,3 +403,28 @@ fn the_overlay_follows_the_external_address_and_mtu() {
     overlay.daemons[0].assert_running();
     assert_eq!(overlay.subnet(0), subnet);
 }
+
+#[test]
+fn what_others_take_from_the_device_is_put_back() {
+    let overlay = Overlay::start("mended", 2);
+    overlay.assert_all_reach_all();
+    let ns = overlay.hosts[0].ns();
+    let whole = || {
+        (
+            ns.ip("-4 address show flannel0").unwrap(),
+            ns.ip("route show dev flannel0").unwrap(),
+        )
+    };
+    let before = whole();
+    for damage in [
+        "route delete 10.5.0.0/16",
+        "address flush dev flannel0",
+        "link set flannel0 down",
+        "link set flannel0 mtu 1300",
+    ] {
+        ns.ip(damage).unwrap();
+        wait_until(PATIENCE, &format!("`ip {damage}` to be mended"), || whole() == before).unwrap();
+        overlay.assert_all_reach_all();
+    }
+    overlay.daemons[0].wait_for_log("put route of flannel0 right");
+}

@@ -55,6 +55,8 @@ fn placed(unit: &str) -> String {
     unit.replace("/usr/bin/flanneld", FLANNELD)
         .replace("/usr/lib/flannel", SCRIPTS)
         .replace("/usr/bin/dockerd", "/bin/true")
+        // Which systemd would look for.
+        .replace("=dockerd ", "=/bin/true ")
 }
 
 /// The values of a setting of flanneld's unit.
@@ -101,6 +103,37 @@ fn units_are_sound() {
     let output = units.analyze(&["verify", "flanneld.service"]);
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(said.contains("Typ") && said.contains("/nowhere/flanneld"), "{said}");
+}
+
+#[test]
+fn dockers_options_are_those_of_the_subnet_file_at_each_start() {
+    let units = Units::new("options");
+    let drop_in = fs::read_to_string(Path::new(SCRIPTS).join("systemd/docker.service.d/flannel.conf")).unwrap();
+    let command = drop_in
+        .lines()
+        .find_map(|line| line.strip_prefix("ExecStartPre="))
+        .unwrap();
+    let (subnet_file, output) = (units.0.join("subnet.env"), units.0.join("docker"));
+    fs::write(
+        &subnet_file,
+        "FLANNEL_SUBNET=10.5.34.1/24\nFLANNEL_MTU=1472\nFLANNEL_IPMASQ=true\n",
+    )
+    .unwrap();
+    let command = placed(command).replace("/run/flannel/docker", output.to_str().unwrap());
+    // As at a later start, when systemd has read what the first one wrote.
+    for before in ["", " --bip=10.9.9.1/24 --mtu=1400"] {
+        let status = Command::new("sh")
+            .arg("-c")
+            .arg(format!("{command} -f {}", subnet_file.display()))
+            .env("DOCKER_NETWORK_OPTIONS", before)
+            .status()
+            .unwrap();
+        assert!(status.success());
+        assert_eq!(
+            fs::read_to_string(&output).unwrap(),
+            "DOCKER_NETWORK_OPTIONS=\" --bip=10.5.34.1/24 --ip-masq=false --mtu=1472\"\n"
+        );
+    }
 }
 
 #[test]

@@ -11,6 +11,7 @@ pub mod programming;
 pub mod reconcile;
 mod repairs;
 pub mod udp;
+mod udp_device;
 mod udp_report;
 pub mod vxlan;
 

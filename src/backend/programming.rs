@@ -52,6 +52,18 @@ struct Paths {
     stale: bool,
 }
 
+impl Paths {
+    /// Whether packets to some host may take a route to `to` from now on, or took it till now.
+    fn may_take(&self, to: &IpNet) -> bool {
+        self.known.keys().any(|host| to.contains(host))
+    }
+
+    /// Whether packets to some host leave by this link.
+    fn use_link(&self, index: u32) -> bool {
+        self.known.values().flatten().any(|path| path.link == index)
+    }
+}
+
 impl Programming {
     pub(super) fn new(kernel: Kernel, overlays: &Overlays) -> Self {
         Self {
@@ -183,7 +195,7 @@ impl Programming {
             let (known, concerns_paths) = match change {
                 Change::Route { found, gone } => (
                     self.actual.knows_route(found, *gone),
-                    !self.actual.concerns(&found.route.to),
+                    !self.actual.concerns(&found.route.to) && self.paths.may_take(&found.route.to),
                 ),
                 Change::Neighbour { link, address, now } => {
                     (self.actual.knows_neighbour(*link, *address, now.as_ref()), false)
@@ -192,7 +204,8 @@ impl Programming {
                 // A link that goes down or loses an address takes routes and neighbours along, without a word of each.
                 Change::Link { index, .. } | Change::Address { link: index, .. } => {
                     let ours = self.scope.device == Some(*index) || self.actual.uses(*index);
-                    (!ours, self.scope.device != Some(*index))
+                    // One that is new brings its routes, which are told of.
+                    (!ours, self.scope.device != Some(*index) && self.paths.use_link(*index))
                 }
                 Change::Lost => (false, true),
             };

@@ -3,7 +3,7 @@
 //! Whose an entry is, decides the kernel's own record of it:
 //! - a route is ours by its protocol number ([`PROTOCOL`]) and by where it leads: into this overlay, since another daemon on
 //!   the same host marks its routes with the same number;
-//! - a neighbour is ours by the same number;
+//! - a neighbour is ours by the same two;
 //! - a forwarding entry has no such mark. It is ours if a neighbour of ours has its MAC, or if this process has put it. So
 //!   each is put after its neighbour and removed before it: wherever a crash cuts the operations off, what is left can be
 //!   told by whoever comes next;
@@ -193,9 +193,10 @@ impl Actual {
                 let mut here = routes.take_while(|(to, _)| to.network() == address);
                 here.any(|(_, route)| scope.is_the_originals(route))
             };
+            let is_marked = found.protocol == PROTOCOL && scope.covers(&IpNet::from(address));
             let held = Held {
                 neighbour: found.neighbour,
-                ours: found.protocol == PROTOCOL || found.permanent && is_gateway(),
+                ours: is_marked || found.permanent && is_gateway(),
                 marked: found.protocol == PROTOCOL && found.permanent,
             };
             actual.neighbours.insert(address, held);

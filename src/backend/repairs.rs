@@ -32,24 +32,26 @@ impl Repairs {
         });
     }
 
+    pub(super) fn counts(&self) -> BTreeMap<String, u64> {
+        let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        counts
+            .iter()
+            .map(|(what, count)| ((*what).to_owned(), *count))
+            .collect()
+    }
+
     /// What a backend tells that leaves the packets to the kernel.
     pub(super) fn report(&self, kind: BackendKind, device: Option<String>, mtu: u32) -> Report {
         let repairs = self.clone();
-        Arc::new(move || {
-            let counts = repairs.0.lock().unwrap_or_else(PoisonError::into_inner);
-            BackendReport {
-                backend: Backend {
-                    kind: kind.name().to_owned(),
-                    device: device.clone(),
-                    mtu,
-                    repairs: counts
-                        .iter()
-                        .map(|(what, count)| ((*what).to_owned(), *count))
-                        .collect(),
-                    engine: None,
-                },
-                traffic: None,
-            }
+        Arc::new(move || BackendReport {
+            backend: Backend {
+                kind: kind.name().to_owned(),
+                device: device.clone(),
+                mtu,
+                repairs: repairs.counts(),
+                engine: None,
+            },
+            traffic: None,
         })
     }
 }

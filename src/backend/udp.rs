@@ -23,10 +23,10 @@ use crate::{
         io::Way,
         peers::PeerIds,
     },
-    kernel::{Kernel, external::External},
+    kernel::{Kernel, external::External, monitor::Change},
     lease::{record::Lease, watch::PeerSet},
     network::{self, BackendKind, Network, SourceCheck},
-    observe::board::Report,
+    observe::{board::Report, chain, outage::Outage},
     route_table::{Peer, RouteTable, Routes},
     sys::{
         tun::{self, Tun, TunOffload},
@@ -36,21 +36,19 @@ use crate::{
 
 use super::{
     Backend, Error, LEAST_MTU,
+    repairs::Repairs,
+    udp_device,
     udp_report::{Facts, overflow},
 };
 
 /// The kernel puts the first free number in.
-const DEVICE: &str = "flannel%d";
+pub(super) const DEVICE: &str = "flannel%d";
 
 /// Outer IPv4 header without options (20 bytes) and UDP header (8).
 const OVERHEAD: u32 = 28;
 
 /// The longest IPv4 packet (RFC 791): loopback has a larger MTU.
 const LONGEST_PACKET: u32 = 65_535;
-
-/// Packets that may wait for a worker. The kernel's 500 for TUN devices is less than what one TCP stream sends in the time
-/// that a worker is off its processor; 1,000 is what Ethernet devices have.
-const DEVICE_QUEUE: u32 = 1_000;
 
 /// How long, and how often, a port that is taken is tried again: the kernel closes the files of a killed daemon that has used
 /// io_uring some 20 ms after its end ([`crate::sys::uring`]), on a busy machine later.
@@ -117,12 +115,17 @@ pub struct Udp {
     /// What it was started with.
     started: Option<(Network, Lease)>,
     running: Option<Running>,
+    /// Whether others may have changed the device.
+    unsure: bool,
+    trouble: Outage,
 }
 
 /// What there is once the device is set up.
 struct Running {
     /// Stops when it is dropped, and the device goes with it.
     _engine: Engine,
+    /// The device's.
+    index: u32,
     facts: Arc<Facts>,
 }
 
@@ -158,6 +161,8 @@ impl Udp {
             sockets,
             started: None,
             running: None,
+            unsure: false,
+            trouble: Outage::of("looking after the TUN device"),
         })
     }
 
@@ -208,7 +213,7 @@ impl Backend for Udp {
 
     fn start(&mut self, network: &Network, own: &Lease) -> Result<(), Error> {
         let (device, tun_offload) = self.open_device()?;
-        configure(
+        let index = udp_device::configure(
             &mut Kernel::open()?,
             &device.name,
             self.mtu,
@@ -259,13 +264,19 @@ impl Backend for Udp {
             options: self.options,
             observer: engine.observer().clone(),
             peers: Arc::clone(&self.peers),
+            repairs: Repairs::default(),
         });
-        self.running = Some(Running { _engine: engine, facts });
+        self.running = Some(Running {
+            _engine: engine,
+            index,
+            facts,
+        });
         self.started = Some((network.clone(), own.clone()));
         Ok(())
     }
 
     fn apply(&mut self, peers: &PeerSet) -> Result<(), Error> {
+        self.look_after_device();
         let port = self.configuration.port;
         let mut ids = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
         let routes = peers.values().flat_map(|lease| {
@@ -279,6 +290,25 @@ impl Backend for Udp {
         let table = RouteTable::new(routes);
         self.routes.publish(table);
         Ok(())
+    }
+
+    fn notice(&mut self, changes: &[Change]) -> bool {
+        let Some(running) = &self.running else { return false };
+        let overlay = self.started.as_ref().and_then(|(network, _)| network.ipv4());
+        self.unsure |= changes.iter().any(|change| match change {
+            Change::Link { name, .. } => *name == running.facts.device,
+            Change::Address { link, .. } => *link == running.index,
+            Change::Route { found, gone } => {
+                *gone && overlay.is_some_and(|plan| found.route.to == IpNet::V4(plan.network()))
+            }
+            Change::Lost => true,
+            Change::Neighbour { .. } | Change::Fdb { .. } => false,
+        });
+        self.unsure
+    }
+
+    fn recheck(&mut self) {
+        self.unsure = true;
     }
 
     /// Another address needs other sockets, and so another engine: packets are lost until it runs. All else is changed in place.
@@ -331,6 +361,24 @@ impl Drop for Udp {
 }
 
 impl Udp {
+    /// Looks whether the device is still as it was set up, if that is not certain.
+    fn look_after_device(&mut self) {
+        let (true, Some(running), Some((network, own))) = (self.unsure, &self.running, &self.started) else {
+            return;
+        };
+        let Facts { device, repairs, .. } = &*running.facts;
+        let looked = Kernel::open()
+            .and_then(|mut kernel| udp_device::put_right(&mut kernel, device, self.mtu, network, own, repairs));
+        match looked {
+            Ok(()) => {
+                self.unsure = false;
+                self.trouble.over();
+            }
+            // The next news, or the next full look, tries again.
+            Err(error) => drop(self.trouble.failed(&chain(&error))),
+        }
+    }
+
     /// What the engine has done, for the log.
     fn tell_counters(&self) {
         let Some(Running { facts, .. }) = &self.running else {
@@ -420,61 +468,6 @@ fn mtu_over(external: &External) -> Result<u32, Error> {
         mtu: external.mtu,
         least: LEAST_MTU + OVERHEAD,
     })
-}
-
-/// Gives the device its addresses, brings it up and routes the overlay into it.
-fn configure(
-    kernel: &mut Kernel,
-    name: &str,
-    mtu: u32,
-    external: &External,
-    network: &Network,
-    own: &Lease,
-) -> Result<(), Error> {
-    let links = kernel.links()?;
-    let name_of = |index| {
-        links
-            .iter()
-            .find(|link| link.index == index)
-            .map_or("?", |link| link.name.as_str())
-    };
-    let index = links
-        .iter()
-        .find(|link| link.name == name)
-        .map(|link| link.index)
-        .ok_or_else(|| Error::Tun {
-            pattern: DEVICE,
-            hint: "it was removed in the moment in which it was made",
-            source: io::ErrorKind::NotFound.into(),
-        })?;
-    kernel.bring_up(index, mtu, DEVICE_QUEUE)?;
-    for net in own.subnets.nets() {
-        // The subnet's own address, alone: the rest of the subnet is the containers'.
-        kernel.add_address(index, IpNet::from(net.network()))?;
-    }
-    let v4 = network.ipv4().map(|plan| IpNet::V4(plan.network()));
-    let v6 = network.ipv6().map(|plan| IpNet::V6(plan.network()));
-    for overlay in v4.into_iter().chain(v6) {
-        kernel.add_route(overlay, index).or_else(|error| {
-            if error.io().raw_os_error() != Some(libc::EEXIST) {
-                return Err(error.into());
-            }
-            let other = kernel.link_of_route(overlay)?;
-            // To remove that route would cut the host off.
-            if other == Some(external.index) {
-                return Err(Error::OverlayIsUnderlay {
-                    network: overlay,
-                    interface: external.name.clone(),
-                });
-            }
-            Err(Error::RouteTaken {
-                network: overlay,
-                device: name.to_owned(),
-                other: other.map_or("?", name_of).to_owned(),
-            })
-        })?;
-    }
-    Ok(())
 }
 
 /// Errors come from the subnet's first host address, which is the containers' gateway. The device's own, the subnet's lowest,

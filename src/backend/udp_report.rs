@@ -6,7 +6,10 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use super::udp::{Options, TunMode};
+use super::{
+    repairs::Repairs,
+    udp::{Options, TunMode},
+};
 use crate::{
     engine::{
         Observer, Offloads,
@@ -29,6 +32,7 @@ pub(super) struct Facts {
     pub(super) options: Options,
     pub(super) observer: Observer,
     pub(super) peers: Arc<Mutex<PeerIds>>,
+    pub(super) repairs: Repairs,
 }
 
 impl Facts {
@@ -40,7 +44,7 @@ impl Facts {
                 kind: BackendKind::Udp.name().to_owned(),
                 device: Some(self.device.clone()),
                 mtu: self.mtu,
-                repairs: BTreeMap::new(),
+                repairs: self.repairs.counts(),
                 engine: Some(Engine {
                     io: self.way.to_string(),
                     offloads: offloads(self.options, self.observer.offloads(), snapshot.offloads),

@@ -94,17 +94,7 @@ impl Vxlan {
         }
         // Peers know the device by its MAC.
         if let Some(found) = vxlan.find()? {
-            let addresses = &found.link.addresses;
-            // An IPv6 address may be the kernel's own doing.
-            if let Some(address) = addresses.iter().find(|address| address.addr().is_ipv4())
-                && overlay_address(addresses, overlays).is_none()
-            {
-                return Err(Error::ForeignDevice {
-                    name: vxlan.name,
-                    address: *address,
-                    overlay: overlays.current,
-                });
-            }
+            vxlan.refuse_anothers(&found)?;
             vxlan.mac = found.link.mac.unwrap_or(vxlan.mac);
         }
         vxlan.device()?;
@@ -114,6 +104,20 @@ impl Vxlan {
     fn find(&mut self) -> Result<Option<VxlanLink>, kernel::Error> {
         let links = self.programming.kernel().vxlan_links()?;
         Ok(links.into_iter().find(|device| device.link.name == self.name))
+    }
+
+    /// A device with an address of somebody else's overlay is that one's.
+    fn refuse_anothers(&self, found: &VxlanLink) -> Result<(), Error> {
+        let addresses = &found.link.addresses;
+        // An IPv6 address may be the kernel's own doing.
+        match addresses.iter().find(|address| address.addr().is_ipv4()) {
+            Some(address) if overlay_address(addresses, &self.overlays).is_none() => Err(Error::ForeignDevice {
+                name: self.name.clone(),
+                address: *address,
+                overlay: self.overlays.current,
+            }),
+            _ => Ok(()),
+        }
     }
 
     fn spec(&self) -> VxlanSpec {
@@ -136,7 +140,12 @@ impl Vxlan {
             return Ok(index);
         }
         let spec = self.spec();
-        let (found, made) = match self.find()? {
+        let found = self.find()?;
+        if let Some(found) = found.as_ref().filter(|_| !self.settled) {
+            // Two daemons that start at once may both have found it without an address.
+            self.refuse_anothers(found)?;
+        }
+        let (found, made) = match found {
             Some(found) => match difference(&spec, &found) {
                 None => (found, false),
                 Some(difference) => {

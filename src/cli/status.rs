@@ -120,15 +120,13 @@ fn render(status: &Status, before: Option<(&Status, Duration)>) -> String {
         if let Some(engine) = &backend.engine {
             fact("Offloads", offloads(engine));
         }
-        let repairs: Vec<String> = backend
-            .repairs
-            .iter()
-            .filter(|(_, count)| **count > 0)
-            .map(|(what, count)| format!("{what} {count}"))
-            .collect();
-        if !repairs.is_empty() {
-            fact("Repaired", repairs.join(", "));
-        }
+    }
+    let repairs: Vec<String> = repairs(status)
+        .filter(|(_, count)| *count > 0)
+        .map(|(what, count)| format!("{what} {count}"))
+        .collect();
+    if !repairs.is_empty() {
+        fact("Repaired", repairs.join(", "));
     }
     if let Some(external) = &status.external {
         let public = if external.public_ip == external.address {
@@ -192,6 +190,14 @@ fn render(status: &Status, before: Option<(&Status, Duration)>) -> String {
         text += &peers(status, before);
     }
     text
+}
+
+/// What others had changed and was put right, with how often.
+fn repairs(status: &Status) -> impl Iterator<Item = (&str, u64)> {
+    let backend = status.backend.iter().flat_map(|backend| &backend.repairs);
+    backend
+        .map(|(what, count)| (what.as_str(), *count))
+        .chain([("rules", status.rule_repairs)])
 }
 
 fn engine_total(status: &Status) -> Option<Worker> {
@@ -370,6 +376,7 @@ mod tests {
             subnet: "10.5.1.0/24".to_owned(),
             ipv6_subnet: None,
             seconds_left: Some(86_399),
+            renew_margin_seconds: 3_600,
         });
         status.registry.connected = true;
         status.registry.seconds_since_answer = Some(1);

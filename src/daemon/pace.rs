@@ -46,6 +46,11 @@ impl Pace {
         self.news.get_or_insert((now + BURST).max(self.looked + PAUSE));
     }
 
+    /// There is something to look at then.
+    pub(super) fn look_at(&mut self, then: Instant) {
+        self.news = Some(self.news.map_or(then, |news| news.min(then)));
+    }
+
     /// The next look. `recheck_after`: as the backend wishes.
     pub(super) fn next(&self, recheck_after: Option<Duration>) -> (Instant, Look) {
         let recheck = self.rechecked + recheck_after.unwrap_or(LONGEST);

@@ -130,7 +130,15 @@ pub fn again(kernel: &mut Kernel, wish: &Wish, chosen: &External) -> Result<Exte
         Some(target) if wish.interfaces.is_empty() && wish.patterns.is_empty() => Some(kernel.path_to(target)?),
         _ => None,
     };
-    choose_again(&links, path.as_ref(), wish, chosen)
+    let again = choose_again(&links, path.as_ref(), wish, chosen)?;
+    // What a host gives itself when no DHCP server answers is no address that others reach it by.
+    if again.address.is_link_local() && !chosen.address.is_link_local() {
+        return Err(Error::NoAddress {
+            name: again.name,
+            there: inventory(&links),
+        });
+    }
+    Ok(again)
 }
 
 /// The chosen interface as it is now, if it has its address.

@@ -13,6 +13,10 @@ pub const UDP_PORT: u16 = 8285;
 /// The `vxlan` backend's port unless configured: Linux's, which is older than IANA's 4789 (RFC 7348, section 8.1).
 pub const VXLAN_PORT: u16 = 8472;
 
+/// The largest that a device can be named after: an interface's name has at most 15 characters (`IFNAMSIZ`, linux/if.h), of
+/// which `flannel.` takes eight.
+const LARGEST_VNI: u64 = 9_999_999;
+
 /// Ports are numbers of 16 bits (RFC 768).
 const MAX_PORT: u64 = u16::MAX as u64;
 
@@ -257,7 +261,7 @@ impl Backend {
         Ok(match kind {
             BackendKind::Udp => Backend::Udp(Udp::read(keys)?),
             BackendKind::Vxlan => Backend::Vxlan(Vxlan {
-                vni: keys.number_in("VNI", 0, Vni::MAX.0.into())?.map_or(Vni(1), Vni),
+                vni: keys.number_in("VNI", 0, LARGEST_VNI)?.map_or(Vni(1), Vni),
                 port: keys
                     .number_in("Port", 0, MAX_PORT)?
                     .filter(|port| *port != 0)
@@ -430,8 +434,8 @@ mod tests {
                 &["Backend.SourceCheck is false", "\"strict\", \"peer\" or \"off\""],
             ),
             (
-                r#"{"Type":"vxlan","VNI":16777216}"#,
-                &["Backend.VNI is 16777216", "0 to 16777215"],
+                r#"{"Type":"vxlan","VNI":10000000}"#,
+                &["Backend.VNI is 10000000", "0 to 9999999"],
             ),
         ] {
             let message = Network::parse(&config(json)).unwrap_err().to_string();

@@ -38,6 +38,8 @@ struct Notes {
     ready: bool,
     external: Option<External>,
     own: Option<(record::Lease, Option<Instant>)>,
+    renew_margin: Duration,
+    rule_repairs: u64,
     backend: Option<Report>,
     peers: Arc<PeerSet>,
     contact: Contact,
@@ -91,9 +93,11 @@ impl Board {
         });
     }
 
-    /// This host's lease, and how long it has (`None`: it is a reservation).
-    pub fn lease(&self, own: &record::Lease, left: Option<Duration>) {
-        self.notes().own = Some((own.clone(), left.map(|left| Instant::now() + left)));
+    /// This host's lease, how long it has (`None`: it is a reservation), and with how much of that it is renewed.
+    pub fn lease(&self, own: &record::Lease, left: Option<Duration>, renew_margin: Duration) {
+        let mut notes = self.notes();
+        notes.renew_margin = renew_margin;
+        notes.own = Some((own.clone(), left.map(|left| Instant::now() + left)));
     }
 
     /// The lease says something else now; its time goes on.
@@ -108,6 +112,11 @@ impl Board {
         if let Some((_, expires)) = &mut self.notes().own {
             *expires = Some(Instant::now() + left);
         }
+    }
+
+    /// Traffic rules that others had changed are back.
+    pub fn rules_repaired(&self) {
+        self.notes().rule_repairs += 1;
     }
 
     /// What carries the packets.
@@ -171,8 +180,10 @@ impl Board {
             lease: notes.own.as_ref().map(|(lease, expires)| Lease {
                 subnet: lease.subnets.v4().to_string(),
                 ipv6_subnet: lease.subnets.v6().map(|net| net.to_string()),
+                renew_margin_seconds: notes.renew_margin.as_secs(),
                 seconds_left: expires.map(|expires| expires.saturating_duration_since(Instant::now()).as_secs()),
             }),
+            rule_repairs: notes.rule_repairs,
             registry: Registry {
                 name: self.0.registry.clone(),
                 connected: contact.trouble.is_none() && contact.answered.is_some(),

@@ -11,7 +11,7 @@ use axum::{
 };
 use tokio::net::TcpListener;
 
-use super::{board::Board, metrics};
+use super::{board::Board, limit::Limited, metrics};
 
 /// The health port could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -47,7 +47,7 @@ pub async fn serve(address: SocketAddr, board: Board) -> Result<(), Error> {
                 )
             }),
         );
-    tokio::spawn(async move { axum::serve(listener, app).await });
+    tokio::spawn(async move { axum::serve(Limited::new(listener), app).await });
     Ok(())
 }
 

@@ -1,7 +1,11 @@
 //! What a daemon is doing, in the text format of Prometheus: names, units and suffixes by its conventions
 //! (prometheus.io, "Metric and label naming").
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    time::{Duration, SystemTime},
+};
 
 use prometheus_client::{
     collector::Collector,
@@ -33,7 +37,9 @@ struct Moment(Status);
 
 impl Collector for Moment {
     fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let mut page = Page(encoder);
+        // A clock before 1970 tells nothing.
+        let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+        let mut page = Page { encoder, now };
         page.daemon(&self.0)?;
         page.registry(&self.0)?;
         if let Some(backend) = &self.0.backend {
@@ -42,6 +48,7 @@ impl Collector for Moment {
         if let Some(engine) = self.0.backend.as_ref().and_then(|backend| backend.engine.as_ref()) {
             page.engine(engine)?;
         }
+        page.repairs(&self.0)?;
         page.peers(&self.0)
     }
 }
@@ -49,7 +56,11 @@ impl Collector for Moment {
 /// A label and its value.
 type Label<'a> = (&'a str, String);
 
-struct Page<'a>(DescriptorEncoder<'a>);
+struct Page<'a> {
+    encoder: DescriptorEncoder<'a>,
+    /// In Unix time.
+    now: Duration,
+}
 
 impl Page<'_> {
     fn gauges<const N: usize>(
@@ -58,15 +69,20 @@ impl Page<'_> {
         help: &str,
         samples: impl IntoIterator<Item = ([Label<'static>; N], f64)>,
     ) -> fmt::Result {
-        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        let mut family = self.encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
         for (labels, value) in samples {
             ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
         }
         Ok(())
     }
 
+    /// So many seconds ago, in Unix time.
+    fn moment(&self, age: u64) -> f64 {
+        self.now.saturating_sub(Duration::from_secs(age)).as_secs() as f64
+    }
+
     fn gauge(&mut self, name: &str, help: &str, value: f64) -> fmt::Result {
-        let family = self.0.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        let family = self.encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
         ConstGauge::new(value).encode(family)
     }
 
@@ -77,7 +93,7 @@ impl Page<'_> {
         help: &str,
         samples: impl IntoIterator<Item = ([Label<'static>; N], u64)>,
     ) -> fmt::Result {
-        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
+        let mut family = self.encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
         for (labels, value) in samples {
             ConstCounter::new(value).encode(family.encode_family(&labels)?)?;
         }
@@ -88,9 +104,9 @@ impl Page<'_> {
         let version = [("version", status.version.clone())];
         self.gauges("flannel_build_info", "The version that runs", [(version, 1.0)])?;
         self.gauge(
-            "flannel_uptime_seconds",
-            "How long the daemon has run",
-            status.uptime_seconds as f64,
+            "flannel_start_time_seconds",
+            "When the daemon started, in Unix time",
+            self.moment(status.uptime_seconds),
         )?;
         self.gauge(
             "flannel_ready",
@@ -117,6 +133,11 @@ impl Page<'_> {
                     "Until this host's lease expires unless it is renewed; absent for a reservation",
                     left as f64,
                 )?;
+                self.gauge(
+                    "flannel_lease_renew_margin_seconds",
+                    "How much is left of the lease when it is renewed",
+                    lease.renew_margin_seconds as f64,
+                )?;
             }
         }
         Ok(())
@@ -131,16 +152,16 @@ impl Page<'_> {
         )?;
         if let Some(age) = registry.seconds_since_answer {
             self.gauge(
-                "flannel_registry_last_answer_age_seconds",
-                "Since the registry last answered or told of a change",
-                age as f64,
+                "flannel_registry_last_answer_timestamp_seconds",
+                "When the registry last answered or told of a change, in Unix time",
+                self.moment(age),
             )?;
         }
         if let Some(age) = registry.seconds_since_event {
             self.gauge(
-                "flannel_registry_last_event_age_seconds",
-                "Since the registry last told of a change",
-                age as f64,
+                "flannel_registry_last_event_timestamp_seconds",
+                "When the registry last told of a change, in Unix time",
+                self.moment(age),
             )?;
         }
         self.counters(
@@ -154,7 +175,7 @@ impl Page<'_> {
                 ]
             }),
         )?;
-        let mut family = self.0.encode_descriptor(
+        let mut family = self.encoder.encode_descriptor(
             "flannel_registry_request_seconds",
             "How long the registry took over all that was asked of it",
             None,
@@ -178,13 +199,18 @@ impl Page<'_> {
             "The largest packet that containers may send",
             f64::from(backend.mtu),
         )?;
+        Ok(())
+    }
+
+    fn repairs(&mut self, status: &Status) -> fmt::Result {
+        let backend = status.backend.iter().flat_map(|backend| &backend.repairs);
+        let all = backend
+            .map(|(what, count)| (what.clone(), *count))
+            .chain([("rules".to_owned(), status.rule_repairs)]);
         self.counters(
             "flannel_repairs",
             "What others had changed in the kernel and was put right",
-            backend
-                .repairs
-                .iter()
-                .map(|(what, count)| ([("what", what.clone())], *count)),
+            all.map(|(what, count)| ([("what", what)], count)),
         )
     }
 
@@ -344,12 +370,17 @@ impl Page<'_> {
                     .map(|(host, traffic)| ([("peer", host.to_string())], count(traffic))),
             )?;
         }
+        let moments: Vec<_> = hosts
+            .iter()
+            .filter_map(|(host, traffic)| {
+                let moment = self.moment(traffic.seconds_since_received?);
+                Some(([("peer", host.to_string())], moment))
+            })
+            .collect();
         self.gauges(
-            "flannel_peer_last_received_age_seconds",
-            "Since the last packet of the peer came; absent until one has",
-            hosts.iter().filter_map(|(host, traffic)| {
-                Some(([("peer", host.to_string())], traffic.seconds_since_received? as f64))
-            }),
+            "flannel_peer_last_received_timestamp_seconds",
+            "When the last packet of the peer came, in Unix time; absent until one has",
+            moments,
         )
     }
 }
@@ -376,6 +407,7 @@ mod tests {
             subnet: "10.5.1.0/24".to_owned(),
             ipv6_subnet: None,
             seconds_left: Some(3_600),
+            renew_margin_seconds: 1_800,
         });
         let asked = Requests {
             answered: 3,
@@ -383,6 +415,11 @@ mod tests {
             seconds: 0.25,
         };
         status.registry.requests.insert("get".to_owned(), asked);
+        (
+            status.registry.seconds_since_answer,
+            status.registry.seconds_since_event,
+        ) = (Some(1), Some(2));
+        status.rule_repairs = 3;
         status.backend = Some(Backend {
             kind: "udp".to_owned(),
             device: Some("flannel0".to_owned()),
@@ -433,14 +470,15 @@ mod tests {
             "flannel_registry_requests_total{operation=\"get\",result=\"failed\"} 1",
             "flannel_registry_request_seconds_total{operation=\"get\"} 0.25",
             "flannel_backend_info{backend=\"udp\",device=\"flannel0\"} 1.0",
+            "flannel_lease_renew_margin_seconds 1800.0",
             "flannel_repairs_total{what=\"route\"} 2",
+            "flannel_repairs_total{what=\"rules\"} 3",
             "flannel_offload_enabled{offload=\"udp_gro\"} 1.0",
             "flannel_worker_sent_bytes_total{worker=\"1\"} 700",
             "flannel_dropped_packets_total{worker=\"1\",reason=\"no_route\"} 5",
             "flannel_device_overflow_total 9",
             "flannel_peers 2.0",
             "flannel_peer_sent_packets_total{peer=\"192.0.2.1\"} 1",
-            "flannel_peer_last_received_age_seconds{peer=\"192.0.2.1\"} 4.0",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
         }

@@ -6,12 +6,14 @@
 //! | [`status`] | one moment of it, as a value |
 //! | [`socket`] | gives that to `flanneld status` |
 //! | [`health`] | the health port: `/healthz`, `/readyz`, and `/metrics` |
+//! | `limit` | its bounds |
 //! | [`metrics`] | the same for Prometheus |
 //! | [`registry`] | watches how the registry answers |
 //! | [`outage`] | how the daemon speaks of trouble that lasts |
 
 pub mod board;
 pub mod health;
+mod limit;
 pub mod metrics;
 pub mod outage;
 pub mod registry;

@@ -27,6 +27,8 @@ pub struct Status {
     pub lease: Option<Lease>,
     /// What carries the packets.
     pub backend: Option<Backend>,
+    /// How often traffic rules that others had changed were put back.
+    pub rule_repairs: u64,
     /// Where configuration and leases are.
     pub registry: Registry,
     /// The other hosts, by subnet.
@@ -55,6 +57,8 @@ pub struct Lease {
     pub ipv6_subnet: Option<String>,
     /// Until it expires, unless it is renewed; `null`: a reservation, which does not.
     pub seconds_left: Option<u64>,
+    /// How much is left when it is renewed (`--subnet-lease-renew-margin`).
+    pub renew_margin_seconds: u64,
 }
 
 /// What carries the packets.

@@ -138,7 +138,7 @@ async fn obstacle(ours: Option<&str>, in_legacy: bool) -> Result<Option<Obstacle
     {
         return Ok(Some(Obstacle {
             remedy: if chain == iptables::NFT_FORWARD {
-                "`iptables-nft -P FORWARD ACCEPT`; for Docker \"ip-forward-no-drop\": true in its daemon.json"
+                "`iptables-nft -P FORWARD ACCEPT`; for Docker, from version 28 on, \"ip-forward-no-drop\": true in its daemon.json"
             } else {
                 "`nft chain FAMILY TABLE CHAIN '{ policy accept; }'`"
             },
@@ -178,8 +178,9 @@ impl Keeper {
     /// Puts the rules in place, takes away those of earlier runs, and keeps it so for as long as this is awaited.
     ///
     /// `in_place` is told when packets may come: the rules are there, or those that are missing only let pass what other rules
-    /// may let pass as well. What fails is tried again.
-    pub async fn keep(self, in_place: oneshot::Sender<()>) -> Infallible {
+    /// may let pass as well. What fails is tried again. `repaired` is called each time when rules that others had changed are
+    /// back.
+    pub async fn keep(self, in_place: oneshot::Sender<()>, repaired: impl Fn()) -> Infallible {
         let Keeper {
             options,
             mechanism,
@@ -199,12 +200,12 @@ impl Keeper {
             Some(Program::Iptables(tool)) => {
                 info!("traffic rules by {}", tool.describe());
                 let sweep = async { sweep(Some(&Program::Iptables(tool.clone()))).await };
-                keep_with(&tool, &options, rules, sweep, in_place).await
+                keep_with(&tool, &options, rules, sweep, in_place, repaired).await
             }
             Some(Program::Nftables(tool)) => {
                 info!("traffic rules by nftables");
                 let sweep = async { sweep(Some(&Program::Nftables(tool.clone()))).await };
-                keep_with(&tool, &options, rules, sweep, in_place).await
+                keep_with(&tool, &options, rules, sweep, in_place, repaired).await
             }
         }
     }
@@ -218,11 +219,12 @@ struct Kept<P> {
 }
 
 impl<P: PartialEq> Kept<P> {
-    async fn ensure<T: Tables<Picture = P>>(&mut self, tool: &T) -> Result<(), Error> {
+    /// Whether others had changed them.
+    async fn ensure<T: Tables<Picture = P>>(&mut self, tool: &T) -> Result<bool, Error> {
         let family = self.rules.family;
         let found = tool.look(family).await?;
         if self.settled.as_ref() == Some(&found) {
-            return Ok(());
+            return Ok(false);
         }
         let before = self.settled.take();
         tool.put(&found, &self.rules).await?;
@@ -238,7 +240,7 @@ impl<P: PartialEq> Kept<P> {
             );
         }
         self.settled = Some(now);
-        Ok(())
+        Ok(before.is_some())
     }
 }
 
@@ -248,6 +250,7 @@ async fn keep_with<T: Tables>(
     rules: [Rules; 2],
     sweep: impl Future<Output = ()>,
     in_place: oneshot::Sender<()>,
+    repaired: impl Fn(),
 ) -> Infallible {
     let mut kept: Vec<Kept<T::Picture>> = Vec::new();
     for rules in rules {
@@ -272,7 +275,12 @@ async fn keep_with<T: Tables>(
         let mut pause = options.resync;
         for kept in &mut kept {
             match kept.ensure(tool).await {
-                Ok(()) => kept.outage.over(),
+                Ok(were_changed) => {
+                    kept.outage.over();
+                    if were_changed {
+                        repaired();
+                    }
+                }
                 Err(error) => pause = pause.min(kept.outage.failed(&crate::observe::chain(&error))),
             }
         }
