@@ -78,9 +78,11 @@ fn package_has_everything_in_its_place() {
     let drop_in = read("usr/share/doc/flanneld/examples/docker.service.d/flannel.conf");
     let script = drop_in
         .lines()
-        .find_map(|line| line.strip_prefix("ExecStartPre=/"))
+        .filter_map(|line| line.strip_prefix("ExecStartPre="))
+        .flat_map(|command| command.split(' '))
+        .find(|word| word.ends_with("mk-docker-opts.sh"))
         .unwrap();
-    let script = root.join(script.split(' ').next().unwrap());
+    let script = root.join(script.trim_start_matches('/'));
     assert_eq!(fs::metadata(&script).unwrap().permissions().mode() & 0o777, 0o755);
     let unit = ["lib/systemd/system", "usr/lib/systemd/system"].map(|dir| root.join(dir).join("flanneld.service"));
     let unit = unit.iter().find(|path| path.exists()).expect("no unit");
