@@ -36,6 +36,9 @@ const REFRESH: Duration = Duration::from_secs(10);
 const SIGNS_OF_LIFE: u32 = 2;
 /// How often another's record is looked at to see whether it is being refreshed.
 const LOOK: Duration = Duration::from_secs(1);
+/// How often, and with which pauses, a neighbour that seems alive is looked at again: a second in all.
+const LAST_LOOKS: u32 = 10;
+const LAST_LOOK: Duration = Duration::from_millis(100);
 
 /// Which daemon a record belongs to: enough to tell whether it still runs, from beside it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -192,9 +195,8 @@ impl Presence {
                 continue;
             };
             let holder: Option<Instance> = serde_json::from_slice(&held.value).ok();
-            if holder
-                .as_ref()
-                .is_some_and(|holder| holder.is_dead_neighbour(&self.instance))
+            if let Some(holder) = &holder
+                && self.outlives(holder).await
             {
                 debug!("{} was left by a daemon of this host that is gone", full_key());
                 self.registry.delete(&held).await?;
@@ -217,6 +219,18 @@ impl Presence {
                 });
             }
         }
+    }
+
+    /// Whether the holder is a daemon of this host that is gone. What it was just starting when it was killed has its files until
+    /// it runs its own program, so that it seems alive for some milliseconds.
+    async fn outlives(&self, holder: &Instance) -> bool {
+        for _ in 0..LAST_LOOKS {
+            if holder.is_dead_neighbour(&self.instance) {
+                return true;
+            }
+            tokio::time::sleep(LAST_LOOK).await;
+        }
+        holder.is_dead_neighbour(&self.instance)
     }
 
     /// Gives the PublicIP up, so that the next daemon need not wait. Best effort.

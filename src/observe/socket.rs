@@ -8,6 +8,7 @@ use std::{
     io::Read,
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
+    thread,
     time::Duration,
 };
 
@@ -18,6 +19,10 @@ use super::{board::Board, status::Status};
 
 /// How long a reader may take over a document, and a daemon that is asked may take to answer: both are on one machine.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How often, and with which pauses, a socket that seems to be in use is looked at again: half a second in all.
+const LAST_LOOKS: u32 = 10;
+const LAST_LOOK: Duration = Duration::from_millis(50);
 
 /// The socket of the daemon that writes this subnet file: beside it, and named as it is, so that several daemons of one
 /// machine (in network namespaces) keep apart.
@@ -114,8 +119,14 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
     if let Some(dir) = path.parent() {
         fs::create_dir_all(dir)?;
     }
-    if UnixStream::connect(path).is_ok() {
-        return Err(io::Error::other("another flanneld listens there"));
+    // What a killed daemon was just starting has its socket until it runs its own program: for some milliseconds.
+    let mut looks = 0;
+    while UnixStream::connect(path).is_ok() {
+        looks += 1;
+        if looks > LAST_LOOKS {
+            return Err(io::Error::other("another flanneld listens there"));
+        }
+        thread::sleep(LAST_LOOK);
     }
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
