@@ -72,7 +72,7 @@ fn device(own: &Own) -> Option<Check> {
             Group::Device,
             NAME,
             format!("{name} is down, and its routes are gone with that"),
-            format!("{restart} (`ip link set {name} up` does not bring the routes back)"),
+            format!("the daemon brings it up again within seconds while it runs: {restart} if it does not"),
         ));
     }
     Some(match own.mtu {
