@@ -109,6 +109,11 @@ impl SubnetFile {
             .map_err(failed("flush the directory", dir))
     }
 
+    /// Whether the file at `path` says exactly this.
+    pub fn is_at(&self, path: &Path) -> bool {
+        fs::read(path).is_ok_and(|text| text == self.render().as_bytes())
+    }
+
     fn write_to(&self, path: &Path) -> io::Result<()> {
         let mut file = File::create(path)?;
         // Programs of other users read it, whatever the umask of the daemon is.
