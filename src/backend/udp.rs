@@ -389,7 +389,9 @@ impl Udp {
 
     /// Looks whether the device is still as it was set up, if that is not certain, and makes it again if it is gone.
     fn look_after_device(&mut self) {
-        let Some((network, own)) = self.started.clone() else { return };
+        let Some((network, own)) = self.started.clone() else {
+            return;
+        };
         if self.running.is_some() && !self.unsure {
             return;
         }
@@ -407,7 +409,15 @@ impl Udp {
         if let Some(running) = &self.running {
             let mut kernel = Kernel::open()?;
             let device = &running.facts.device;
-            if udp_device::put_right(&mut kernel, running.index, device, self.mtu, network, own, &self.repairs)? {
+            if udp_device::put_right(
+                &mut kernel,
+                running.index,
+                device,
+                self.mtu,
+                network,
+                own,
+                &self.repairs,
+            )? {
                 return Ok(());
             }
             if let Some(left) = LIFETIME.checked_sub(running.since.elapsed()) {

@@ -375,7 +375,11 @@ mod tests {
             let port = 1_000 + u16::from(number);
             // Of different lengths, so that each is a message of its own.
             let payload = vec![0; 100 + worker.io().packets.waiting.len()];
-            worker.io().packets.waiting.push_back(plain(&packet(number, port, &payload)));
+            worker
+                .io()
+                .packets
+                .waiting
+                .push_back(plain(&packet(number, port, &payload)));
         }
         worker.drain().unwrap();
         assert_eq!(worker.counters.dropped(Drop::QueueFull), 4);

@@ -2,7 +2,7 @@
 
 use super::{Daemon, PATIENCE, flow::Flows, stream::Report};
 use flannel::{
-    lab::{self, Container, Namespace, wait_for, wait_until},
+    lab::{self, Container, LabError, Namespace, wait_for, wait_until},
     observe::{
         socket,
         status::{PeerTraffic, Status},
@@ -106,22 +106,30 @@ pub(crate) fn status(daemon: &Daemon) -> Status {
 
 /// Waits until the daemon says of itself what is wanted; what that is.
 pub(crate) fn wait_for_status<T>(daemon: &Daemon, what: &str, wanted: impl Fn(&Status) -> Option<T>) -> T {
+    try_for_status(daemon, what, wanted).unwrap_or_else(|error| panic!("{error}: {:#?}", status(daemon)))
+}
+
+/// As [`wait_for_status`], for a test that has something to end before it fails.
+pub(crate) fn try_for_status<T>(
+    daemon: &Daemon,
+    what: &str,
+    wanted: impl Fn(&Status) -> Option<T>,
+) -> Result<T, LabError> {
+    let path = socket::beside(&daemon.subnet_file());
     wait_for(PATIENCE, what, || {
-        Ok::<_, lab::LabError>(
-            socket::read(&socket::beside(&daemon.subnet_file()))
-                .ok()
-                .as_ref()
-                .and_then(&wanted),
-        )
+        Ok(socket::read(&path).ok().as_ref().and_then(&wanted))
     })
-    .unwrap_or_else(|error| panic!("{error}: {:#?}", status(daemon)))
 }
 
 /// Packets that the daemon's sockets did not take, by the system's error; without those of which there were none.
 pub(crate) fn send_errors(status: &Status) -> BTreeMap<String, u64> {
     let mut errors = BTreeMap::new();
     let engine = status.backend.as_ref().and_then(|backend| backend.engine.as_ref());
-    for (name, count) in engine.iter().flat_map(|engine| &engine.workers).flat_map(|worker| &worker.send_errors) {
+    for (name, count) in engine
+        .iter()
+        .flat_map(|engine| &engine.workers)
+        .flat_map(|worker| &worker.send_errors)
+    {
         *errors.entry(name.clone()).or_default() += count;
     }
     errors.retain(|_, count| *count > 0);

@@ -1,7 +1,11 @@
 //! Flows between two containers that must outlive whatever happens to the daemons: UDP of which no datagram may be lost, and a
 //! TCP connection.
 
-use super::{PATIENCE, inside, stream::{Report, Stream}, traffic::new_port};
+use super::{
+    PATIENCE, inside,
+    stream::{Report, Stream},
+    traffic::new_port,
+};
 use flannel::lab::Container;
 use std::{
     io::{ErrorKind, Read, Write},
