@@ -3,10 +3,13 @@
 //! In this order, as the original: choose the external interface, wait for the configuration, claim the PublicIP and take the
 //! lease, set up the backend's device, put the traffic rules in place and serve the first picture of the peers, write the subnet
 //! file, say that we are ready; then follow the leases, the kernel and the external interface until a signal comes, this
-//! host's lease is gone, or another host has its PublicIP. SIGTERM and SIGINT end it at any point.
+//! host's subnet or PublicIP is another host's. SIGTERM and SIGINT end it at any point.
+//!
+//! Where the registry does not answer, what an earlier run has [remembered] takes the place of configuration, claim and lease.
 
 mod blackhole;
 mod pace;
+mod remembered;
 
 use std::{
     cell::RefCell,
@@ -37,21 +40,24 @@ use crate::{
     },
     lease::{
         acquire::{self, AcquireError, Own},
+        holding::Holding,
         keep,
         presence::{ClaimError, Presence},
         record::{Lease, LeaseValue},
+        remembered::{Memory, Origin},
         republish::republish,
         watch::{self as lease_watch, OwnAddresses, PeerSet, Revoked},
     },
     network::{self, BackendKind, LoadError, Network},
     observe::{self, board::Board, health, outage::Outage, registry::Observed, socket},
-    registry::{Registry, TtlId},
+    registry::Registry,
     rules::{self, Keeper, Mechanism},
     subnet_file::{Previous, Share, SubnetFile, WriteError},
 };
 
 use blackhole::Blackhole;
 use pace::{Look, Pace};
+use remembered::{Beginning, Unverified};
 
 /// How long the external address may be away before another one is taken for it: a DHCP client, or a person, removes and adds it
 /// in this time. And how long it has to be back before it is taken again.
@@ -76,6 +82,8 @@ pub struct Settings {
     pub public_ipv6: Option<Ipv6Addr>,
     /// Where Docker and others read this host's subnet.
     pub subnet_file: PathBuf,
+    /// What is remembered for a start without the registry.
+    pub memory: Memory,
     /// How much of the lease's time is left when it is renewed.
     pub renew_margin: Duration,
     /// Where `/healthz`, `/readyz` and `/metrics` answer.
@@ -120,9 +128,15 @@ pub enum Error {
     /// The health port cannot be opened.
     #[error(transparent)]
     Health(#[from] health::Error),
-    /// Our lease is gone.
+    /// Our subnet is another host's.
     #[error(transparent)]
     Revoked(#[from] Revoked),
+    /// The network is not what it was.
+    #[error(
+        "the network's configuration was changed while the registry was away, and this daemon began with the one before: \
+         ending, so that the next start takes the new one"
+    )]
+    Reconfigured,
     /// The kernel does not answer.
     #[error(transparent)]
     Kernel(#[from] kernel::Error),
@@ -152,6 +166,10 @@ pub async fn run(mut settings: Settings) -> Result<(), Error> {
         ended = serve(&settings, &board, &claims) => ended,
     };
     tell_supervisor(NotifyState::Stopping);
+    if let Err(Error::Revoked(_) | Error::Claim(_) | Error::Reconfigured) = outcome {
+        // The next start must not begin with what was just found to be another host's, or not so any more.
+        settings.memory.forget();
+    }
     // An unreachable registry forgets the claims by itself.
     let _ = timeout(LEAVE, withdraw(claims.take())).await;
     outcome
@@ -182,7 +200,12 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
     );
     board.external(&external);
     board.waiting_for("the network's configuration");
-    let network = configuration(registry).await?;
+    let Beginning {
+        network,
+        config,
+        remembered,
+    } = remembered::begin(settings, registry).await?;
+    let begun_with = network.clone();
     warn_of_overlap(&network, &external);
     let mechanism = Mechanism::choose(&settings.rules, &network).await?;
     let previous = previous(settings);
@@ -191,16 +214,38 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
     let (failures, mut failed) = mpsc::unbounded_channel();
     let overlays = Overlays::new(&network, &previous).ok_or(backend::Error::NoIpv4(network.backend().kind()))?;
     let mut backend = backend_of(&network, &external, &overlays, settings, failures)?;
-    board.waiting_for("this host's PublicIP to be free");
-    let mut present = Box::pin(keep_presence(
-        claim(&settings.registry, external.public_ip, claims).await?,
-    ));
-    board.waiting_for("a lease");
-    let own = tokio::select! {
-        own = lease(settings, &network, &external, &*backend, &previous) => own?,
-        lost = &mut present => return Err(lost.into()),
+    let value = LeaseValue {
+        public_ipv6: settings.public_ipv6,
+        backend_type: backend.kind().into(),
+        backend_data: backend.data(),
+        ..LeaseValue::new(external.public_ip)
+    };
+    let began_without = remembered.is_some();
+    // What other hosts know of this one must still be so: they cannot be told now.
+    let remembered = remembered.filter(|remembered| remembered.own.lease.value == value);
+    let mut unverified = remembered
+        .as_ref()
+        .map(|remembered| Unverified::begin(registry, remembered, board));
+    let (own, first, mut present) = match remembered {
+        Some(remembered) => {
+            let claiming = Claiming::Wanted(external.public_ip);
+            let present = Box::pin(keep_presence(&settings.registry, claims, claiming));
+            (remembered.own, Some(remembered.peers), present)
+        }
+        None => {
+            board.waiting_for("this host's PublicIP to be free");
+            let claimed = claim(&settings.registry, external.public_ip, claims).await?;
+            let mut present = Box::pin(keep_presence(&settings.registry, claims, Claiming::Done(claimed)));
+            board.waiting_for("a lease");
+            let own = tokio::select! {
+                own = lease(registry, &network, &value, &previous) => own?,
+                lost = &mut present => return Err(lost),
+            };
+            (own, None, present)
+        }
     };
     board.lease(&own.lease, own.left, settings.renew_margin);
+    warn_of_renumbering(settings, &previous, &own);
     leftovers::remove(&mut kernel, &overlays, network.backend())?;
     backend.start(&network, &own.lease)?;
     let dropped = if settings.blackhole_route {
@@ -212,14 +257,27 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
 
     let addresses = OwnAddresses::new(own.lease.value.public_ip);
     let (publish, mut peers) = watch::channel(None);
-    let first = own.lease.clone();
-    let mut watching = pin!(lease_watch::watch(registry, &first, &addresses, &publish));
-    let mut keeping = pin!(keep_lease(
+    let holding = Holding::new(own.clone(), first.is_none());
+    let mut held = holding.subscribe();
+    let mut watching = pin!(lease_watch::watch(
         registry,
-        own.lease.ttl.zip(own.left),
-        settings.renew_margin,
-        board
+        &holding,
+        &addresses,
+        first.as_deref(),
+        &publish
     ));
+    let mut keeping = pin!(keep_lease(registry, &holding, own.left, settings.renew_margin, board));
+    let mut remembering = pin!(settings.memory.keep(
+        Origin::of(registry),
+        &config,
+        holding.subscribe(),
+        publish.subscribe()
+    ));
+    let mut configured: Pin<Box<dyn Future<Output = Result<(), Error>>>> = if began_without {
+        Box::pin(remembered::still_configured(registry, &begun_with))
+    } else {
+        Box::pin(pending())
+    };
     let (in_place, mut rules_in_place) = oneshot::channel();
     let rules = Keeper::new(settings.rules, mechanism, &network, &own.lease.subnets);
     let mut ruling = pin!(rules.keep(in_place, || board.rules_repaired()));
@@ -253,9 +311,42 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
         let (at, look) = run.pace.next(run.backend.recheck_after());
         tokio::select! {
             Some(failure) = failed.recv() => run.engine_failed(failure)?,
-            revoked = &mut watching => return Err(revoked.into()),
+            revoked = &mut watching => {
+                run.let_go();
+                return Err(revoked.into());
+            }
             () = &mut keeping => {}
-            lost = &mut present => return Err(lost.into()),
+            never = &mut remembering => match never {},
+            lost = &mut present => return Err(lost),
+            Ok(()) = held.changed() => {
+                let now = held.borrow_and_update().clone();
+                let another = now.lease.ttl != run.lease.ttl;
+                board.lease(&now.lease, now.left(), settings.renew_margin);
+                run.lease = now.lease;
+                let verified = unverified.as_mut().filter(|unverified| now.confirmed && !unverified.leased);
+                if another || verified.is_some() {
+                    // How much time it has is to be found out.
+                    keeping.set(keep_lease(
+                        registry,
+                        &holding,
+                        run.lease.ttl.map(|_| Duration::ZERO),
+                        settings.renew_margin,
+                        board,
+                    ));
+                }
+                if let Some(verified) = verified {
+                    verified.leased = true;
+                }
+                unverified = unverified.filter(|unverified| !unverified.is_over(board));
+            }
+            same = &mut configured => {
+                configured = Box::pin(pending());
+                same?;
+                if let Some(unverified) = &mut unverified {
+                    unverified.configured = true;
+                }
+                unverified = unverified.filter(|unverified| !unverified.is_over(board));
+            }
             Ok(()) = peers.changed() => {
                 run.peers = peers.borrow_and_update().clone();
                 run.apply()?;
@@ -270,7 +361,7 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
                 if let Some(value) = run.look(look)? {
                     addresses.add(value.public_ip);
                     // The address before is another host's to claim now.
-                    present = Box::pin(keep_presence(None));
+                    present = Box::pin(keep_presence(&settings.registry, claims, Claiming::Done(None)));
                     moving = Box::pin(move_lease(settings, claims, run.lease.clone(), &addresses, value));
                 }
             }
@@ -280,13 +371,12 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
                 let public_ip = lease.value.public_ip;
                 info!("published the new PublicIP {public_ip}");
                 addresses.settle(public_ip);
+                holding.found(lease);
                 // Another host may have the address before, and was taken for this one.
-                watching.set(lease_watch::watch(registry, &first, &addresses, &publish));
-                board.republished(&lease);
-                run.lease = lease;
+                watching.set(lease_watch::watch(registry, &holding, &addresses, None, &publish));
                 let (kept, released) = claims.take().into_iter().partition(|held| held.public_ip() == public_ip);
                 claims.replace(kept);
-                present = Box::pin(keep_presence(claimed));
+                present = Box::pin(keep_presence(&settings.registry, claims, Claiming::Done(claimed)));
                 // The registry may be slow, and forgets them by itself.
                 tokio::spawn(timeout(LEAVE, withdraw(released)));
             }
@@ -375,6 +465,14 @@ impl Run<'_> {
                 info!("ready: subnet {subnets}, {peers} peer(s)");
             }
             Some(_) => {}
+        }
+    }
+
+    /// Lets no more packets out: their source would be another host's.
+    fn let_go(&mut self) {
+        // The udp backend's device goes with it; routes in the kernel would stay.
+        if let Err(error) = self.backend.apply(&PeerSet::new()) {
+            warn!("{error}; packets may still leave with addresses of a subnet that is another host's");
         }
     }
 
@@ -553,17 +651,17 @@ fn previous(settings: &Settings) -> Previous {
 }
 
 /// Waits for a configuration; an invalid one is an error at once.
-async fn configuration(registry: &dyn Registry) -> Result<Network, Error> {
+async fn configuration(registry: &dyn Registry) -> Result<(Network, String), Error> {
     let mut outage = Outage::of("reading the network's configuration");
     let mut missing_said = false;
     loop {
-        match network::load(registry).await {
-            Ok(parsed) => {
+        match network::load_with_text(registry).await {
+            Ok((parsed, text)) => {
                 outage.over();
                 for warning in &parsed.warnings {
                     warn!("{warning}");
                 }
-                return Ok(parsed.network);
+                return Ok((parsed.network, text));
             }
             Err(missing @ LoadError::Missing { .. }) => {
                 outage.over();
@@ -598,6 +696,20 @@ fn warn_of_overlap(network: &Network, external: &External) {
              do those to addresses that the underlay and a subnet share; give the overlay a block that no host is in",
             external.address,
             plan.network()
+        );
+    }
+}
+
+/// Containers keep their addresses until somebody gives them others.
+fn warn_of_renumbering(settings: &Settings, previous: &Previous, own: &Own) {
+    let now = own.lease.subnets.v4();
+    if let Some(before) = previous.subnet
+        && before != now
+    {
+        warn!(
+            "this host's subnet is {now}, and was {before} in the run before: containers are cut off until Docker, or what else \
+             reads {}, is started again",
+            settings.subnet_file.display()
         );
     }
 }
@@ -669,21 +781,14 @@ async fn claim_after_others(
 
 /// Takes this host's lease, as long as it takes the registry to answer.
 async fn lease(
-    settings: &Settings,
+    registry: &dyn Registry,
     network: &Network,
-    external: &External,
-    backend: &dyn Backend,
+    value: &LeaseValue,
     previous: &Previous,
 ) -> Result<Own, Error> {
-    let value = LeaseValue {
-        public_ipv6: settings.public_ipv6,
-        backend_type: backend.kind().into(),
-        backend_data: backend.data(),
-        ..LeaseValue::new(external.public_ip)
-    };
     let mut outage = Outage::of("taking a lease");
     loop {
-        match acquire::acquire(&*settings.registry, network, &value, previous).await {
+        match acquire::acquire(registry, network, value, previous).await {
             Ok(own) => {
                 outage.over();
                 return Ok(own);
@@ -696,10 +801,20 @@ async fn lease(
     }
 }
 
-/// `time`: what the lease's life hangs on, and how much of it there is.
-async fn keep_lease(registry: &dyn Registry, time: Option<(TtlId, Duration)>, margin: Duration, board: &Board) {
-    if let Some((ttl, left)) = time {
-        keep::keep(registry, ttl, left, margin, |left| board.renewed(left)).await;
+/// `left`: how much time the lease has; `None`: it is a reservation.
+async fn keep_lease(
+    registry: &dyn Registry,
+    holding: &Holding,
+    left: Option<Duration>,
+    margin: Duration,
+    board: &Board,
+) {
+    if let Some((ttl, left)) = holding.now().lease.ttl.zip(left) {
+        keep::keep(registry, ttl, left, margin, |left| {
+            board.renewed(left);
+            holding.renewed(left);
+        })
+        .await;
     }
     // A reservation needs no keeping; of a lease that ran out the watch tells.
     pending().await
@@ -712,11 +827,24 @@ async fn withdraw(claims: Vec<Arc<Presence>>) {
     }
 }
 
+/// How far the claim to the PublicIP is.
+enum Claiming {
+    /// Still to be made: the registry did not answer.
+    Wanted(Ipv4Addr),
+    /// Made; `None` where the registry does not let us.
+    Done(Option<Arc<Presence>>),
+}
+
 /// Keeps the claim for as long as this is awaited; returns when another daemon has it.
-async fn keep_presence(presence: Option<Arc<Presence>>) -> ClaimError {
-    match presence {
-        Some(presence) => presence.keep().await,
-        None => pending().await,
+async fn keep_presence(registry: &Arc<dyn Registry>, claims: &Claims, claiming: Claiming) -> Error {
+    let claimed = match claiming {
+        Claiming::Wanted(public_ip) => claim(registry, public_ip, claims).await,
+        Claiming::Done(claimed) => Ok(claimed),
+    };
+    match claimed {
+        Ok(Some(presence)) => presence.keep().await.into(),
+        Ok(None) => pending().await,
+        Err(error) => error,
     }
 }
 

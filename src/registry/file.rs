@@ -323,7 +323,7 @@ impl Registry for FileRegistry {
     async fn replace(&self, record: &Record, value: &[u8]) -> Result<Option<Record>, Error> {
         let key = self.prefix.full(&record.key);
         let made = self
-            .change(|store, _| store.replace(&key, record.revision, value))
+            .change(|store, _| store.replace(&key, record.revision, value, record.ttl))
             .await?;
         Ok(made.map(|record| self.prefix.relative_record(record)))
     }
