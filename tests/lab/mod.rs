@@ -16,6 +16,7 @@ pub(crate) mod relay;
 pub(crate) mod seccomp;
 pub(crate) mod stream;
 pub(crate) mod traffic;
+pub(crate) mod vxlan;
 pub(crate) mod wire;
 
 use etcd::{EtcdOptions, EtcdServer};
