@@ -19,6 +19,7 @@ use std::{
     time::Duration,
 };
 
+use ipnet::Ipv4Net;
 use sd_notify::NotifyState;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -40,6 +41,7 @@ use crate::{
         presence::{ClaimError, Presence},
         record::{Lease, LeaseValue},
         republish::republish,
+        screen::Screen,
         watch::{self as lease_watch, OwnAddresses, PeerSet, Revoked},
     },
     network::{self, BackendKind, LoadError, Network},
@@ -215,7 +217,9 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
     let addresses = OwnAddresses::new(own.lease.value.public_ip);
     let (publish, mut peers) = watch::channel(None);
     let first = own.lease.clone();
-    let mut watching = pin!(lease_watch::watch(registry, &first, &addresses, &publish));
+    let (here, addresses_here) = watch::channel(kernel.ipv4_addresses()?);
+    let screen = Screen::new(&network, &first, addresses_here);
+    let mut watching = pin!(lease_watch::watch(registry, &first, &addresses, &screen, &publish));
     let mut keeping = pin!(keep_lease(
         registry,
         own.lease.ttl.zip(own.left),
@@ -235,6 +239,7 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
         blackhole,
         lease: own.lease,
         peers: None,
+        here,
         board,
         ruled: false,
         ready: false,
@@ -279,7 +284,7 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
                 info!("published the new PublicIP {public_ip}");
                 addresses.settle(public_ip);
                 // Another host may have the address before, and was taken for this one.
-                watching.set(lease_watch::watch(registry, &first, &addresses, &publish));
+                watching.set(lease_watch::watch(registry, &first, &addresses, &screen, &publish));
                 board.republished(&lease);
                 run.lease = lease;
                 let (kept, released) = claims.take().into_iter().partition(|held| held.public_ip() == public_ip);
@@ -315,6 +320,8 @@ struct Run<'a> {
     lease: Lease,
     /// `None` until the registry has told.
     peers: Option<Arc<PeerSet>>,
+    /// Where the watch of the leases learns this host's addresses from.
+    here: watch::Sender<Vec<Ipv4Net>>,
     board: &'a Board,
     /// Whether the traffic rules are in place.
     ruled: bool,
@@ -373,6 +380,14 @@ impl Run<'_> {
             self.backend.recheck();
         }
         let news = self.follow_interface()?;
+        let here = self.kernel.ipv4_addresses()?;
+        self.here.send_if_modified(|known| {
+            let changed = *known != here;
+            if changed {
+                *known = here;
+            }
+            changed
+        });
         if self.file_is_due {
             // A full or read-only /run is no reason to stop what works.
             match self.write_subnet_file() {

@@ -6,8 +6,11 @@
 
 pub mod acquire;
 pub mod choose;
+mod complaints;
 pub mod keep;
 pub mod presence;
+mod publish;
 pub mod record;
 pub mod republish;
+pub mod screen;
 pub mod watch;

@@ -1,20 +1,24 @@
 //! Watching all leases: what the registry holds, as the [`PeerSet`] that the backend is to serve.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     net::Ipv4Addr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use tokio::sync::watch::Sender;
-use tracing::{info, warn};
+use tokio::{sync::watch::Sender, time::Instant};
 
 use crate::{
     observe::outage::Outage,
-    registry::{Event, Record, Registry, Revision},
+    registry::{Event, Record, Registry},
 };
 
-use super::record::{BackendType, Lease, SUBNETS, Subnets, subnets_of};
+use super::{
+    complaints::Complaints,
+    publish::Publisher,
+    record::{Lease, SUBNETS, Subnets, subnets_of},
+    screen::Screen,
+};
 
 /// All other hosts that use this host's backend, by subnet. The leases are shared, so that the whole set can be published anew
 /// for each change to one of thousands.
@@ -71,9 +75,6 @@ impl OwnAddresses {
     }
 }
 
-/// How many peers of one picture are told of one by one.
-const LINES: usize = 50;
-
 /// Why this host's lease is no longer its own.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the lease {} of this host was revoked: {reason}. Exiting, so that a restart takes a new one", subnets.to_cidrs())]
@@ -86,14 +87,18 @@ pub struct Revoked {
 ///
 /// A watch that ends, for whatever reason, is begun again with a new picture; peers that are in both are left alone,
 /// because what is published is the whole set.
+///
+/// `screen` says which leases are peers. What it refuses is said once, and never stands in the way of the others.
 pub async fn watch(
     registry: &dyn Registry,
     own: &Lease,
     addresses: &OwnAddresses,
+    screen: &Screen,
     peers: &Sender<Option<Arc<PeerSet>>>,
 ) -> Revoked {
     let mut outage = Outage::of("watching the leases");
-    let mut view = View::new(own, addresses.clone());
+    let mut view = View::new(own, addresses.clone(), screen.clone());
+    let mut publisher = Publisher::new(peers);
     loop {
         let error = match registry.watch(SUBNETS).await {
             Err(error) => error,
@@ -104,22 +109,37 @@ pub async fn watch(
                     if let Err(revoked) = outcome {
                         return revoked;
                     }
-                    // Unread news is replaced: only the latest set matters.
-                    peers.send_if_modified(|published| {
-                        let changed = published.as_deref() != Some(&view.peers);
-                        if changed {
-                            *published = Some(Arc::new(view.peers.clone()));
-                        }
-                        changed
-                    });
-                    match changes.next().await {
-                        Ok(events) => outcome = events.into_iter().try_for_each(|event| view.apply(event)),
-                        Err(error) => break error,
+                    if std::mem::take(&mut view.changed) {
+                        publisher.note_change();
                     }
+                    publisher.run(|| view.served());
+                    view.complaints.sum_up();
+                    let due = [publisher.due(), view.complaints.due()].into_iter().flatten().min();
+                    outcome = tokio::select! {
+                        events = changes.next() => match events {
+                            Ok(events) => events.into_iter().try_for_each(|event| view.apply(event)),
+                            Err(error) => break error,
+                        },
+                        () = view.screen.changed() => {
+                            view.changed = true;
+                            Ok(())
+                        }
+                        () = at(due) => Ok(()),
+                    };
                 }
             }
         };
+        // The registry may be away for long.
+        publisher.flush(|| view.served());
         tokio::time::sleep(outage.failed(&error.to_string())).await;
+    }
+}
+
+/// Waits until then, or for ever.
+async fn at(then: Option<Instant>) {
+    match then {
+        Some(then) => tokio::time::sleep_until(then).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -127,32 +147,39 @@ pub async fn watch(
 struct View {
     own: Subnets,
     addresses: OwnAddresses,
-    backend: BackendType,
-    peers: PeerSet,
-    /// Records that were warned of, so that each is once.
-    warned: HashMap<String, Revision>,
+    screen: Screen,
+    /// Those that may be peers, each by itself; some may overlap.
+    leases: PeerSet,
+    /// Whether they have changed since this was last looked at.
+    changed: bool,
+    complaints: Complaints,
 }
 
 impl View {
-    fn new(own: &Lease, addresses: OwnAddresses) -> Self {
+    fn new(own: &Lease, addresses: OwnAddresses, screen: Screen) -> Self {
         Self {
             own: own.subnets,
             addresses,
-            backend: own.value.backend_type.clone(),
-            peers: PeerSet::new(),
-            warned: HashMap::new(),
+            screen,
+            leases: PeerSet::new(),
+            changed: false,
+            complaints: Complaints::default(),
         }
     }
 
     /// Takes a whole new picture.
     fn reset(&mut self, records: Vec<Record>) -> Result<(), Revoked> {
-        let known = std::mem::take(&mut self.peers);
+        self.leases.clear();
+        self.complaints.begin_picture();
         let mut own_seen = false;
         for record in records {
             own_seen |= record.key == self.own.key();
             self.put(record)?;
         }
-        self.tell_all(&known);
+        // Who overlaps whom is known only when all are there.
+        self.complain_of_losers();
+        self.complaints.end_picture();
+        self.changed = true;
         if own_seen {
             Ok(())
         } else {
@@ -163,106 +190,65 @@ impl View {
     fn apply(&mut self, event: Event) -> Result<(), Revoked> {
         match event {
             Event::Put(record) => {
-                let Some(subnets) = subnets_of(&record.key) else {
-                    return self.put(record);
-                };
-                let known = self.peers.remove(&subnets);
-                self.put(record)?;
-                match (self.peers.get(&subnets), known) {
-                    (Some(lease), known) => self.tell(known.as_deref(), lease),
-                    (None, Some(_)) => info!("peer {} is gone", subnets.to_cidrs()),
-                    (None, None) => {}
+                if let Some(subnets) = subnets_of(&record.key) {
+                    self.changed |= self.leases.remove(&subnets).is_some();
                 }
+                self.put(record)?;
             }
             Event::Delete { key } if key == self.own.key() => {
                 return Err(self.revoked("its key was deleted or has expired"));
             }
             Event::Delete { key } => {
-                self.warned.remove(&key);
-                if let Some(subnets) = subnets_of(&key)
-                    && self.peers.remove(&subnets).is_some()
-                {
-                    info!("peer {} is gone", subnets.to_cidrs());
+                self.complaints.forget(&key);
+                if let Some(subnets) = subnets_of(&key) {
+                    self.changed |= self.leases.remove(&subnets).is_some();
                 }
             }
         }
         Ok(())
     }
 
-    /// Adds a record's lease to the peers, if it is one.
+    /// Adds a record's lease to those that may be peers, if it is one.
     fn put(&mut self, record: Record) -> Result<(), Revoked> {
-        let lease = match Lease::from_record(&record) {
-            Ok(lease) => lease,
-            Err(error) => {
-                self.warn_once(&record, &error.to_string());
+        let why_not = match Lease::from_record(&record) {
+            Err(error) => error.to_string(),
+            Ok(lease) if lease.subnets == self.own => {
+                if !self.addresses.ever_contained(lease.value.public_ip) {
+                    return Err(self.revoked(&format!("it now belongs to PublicIP {}", lease.value.public_ip)));
+                }
                 return Ok(());
             }
-        };
-        if lease.subnets == self.own {
-            if !self.addresses.ever_contained(lease.value.public_ip) {
-                return Err(self.revoked(&format!("it now belongs to PublicIP {}", lease.value.public_ip)));
-            }
-        } else if self.addresses.contain(lease.value.public_ip) {
             // Left from before a reservation, say: packets sent there would come back here and go round until they die.
-            let text = format!(
+            Ok(lease) if self.addresses.contain(lease.value.public_ip) => format!(
                 "skipping {}: it carries this host's PublicIP, but this host uses {}",
                 lease.subnets.to_cidrs(),
                 self.own.to_cidrs()
-            );
-            self.warn_once(&record, &text);
-        } else if lease.value.backend_type != self.backend {
-            let text = format!(
-                "skipping peer {}: its backend is {}, this host's is {}",
-                lease.subnets.to_cidrs(),
-                lease.value.backend_type,
-                self.backend
-            );
-            self.warn_once(&record, &text);
-        } else {
-            self.peers.insert(lease.subnets, Arc::new(lease));
-        }
+            ),
+            Ok(lease) => match self.screen.check(&lease) {
+                Err(unfit) => unfit.to_string(),
+                Ok(()) => {
+                    self.leases.insert(lease.subnets, Arc::new(lease));
+                    self.changed = true;
+                    return Ok(());
+                }
+            },
+        };
+        self.complaints.say(&record.key, record.revision, || why_not);
         Ok(())
     }
 
-    /// Says what is new against `known`; if that is much, only how much.
-    fn tell_all(&self, known: &PeerSet) {
-        let news = self
-            .peers
-            .iter()
-            .filter(|(subnets, lease)| known.get(subnets) != Some(lease));
-        let gone = known.keys().filter(|subnets| !self.peers.contains_key(subnets));
-        let (count, gone_count) = (news.clone().count(), gone.clone().count());
-        if count + gone_count > LINES {
-            info!("{count} peers are new or have changed, {gone_count} are gone");
-            return;
+    /// The peers. Of leases that overlap one is served, and of the others it is said why not.
+    fn served(&mut self) -> PeerSet {
+        let settled = self.screen.settle(&self.leases);
+        for (lease, unfit) in &settled.losers {
+            self.complaints
+                .say(&lease.subnets.key(), lease.revision, || unfit.to_string());
         }
-        for (subnets, lease) in news {
-            self.tell(known.get(subnets).map(|lease| &**lease), lease);
-        }
-        for gone in gone {
-            info!("peer {} is gone", gone.to_cidrs());
-        }
+        settled.peers
     }
 
-    fn tell(&self, known: Option<&Lease>, lease: &Lease) {
-        match known {
-            None => info!("peer {} at {}", lease.subnets.to_cidrs(), lease.value.public_ip),
-            Some(known) if known.value.public_ip != lease.value.public_ip => {
-                info!(
-                    "peer {} moved from {} to {}",
-                    lease.subnets.to_cidrs(),
-                    known.value.public_ip,
-                    lease.value.public_ip
-                );
-            }
-            Some(_) => {}
-        }
-    }
-
-    fn warn_once(&mut self, record: &Record, text: &str) {
-        if self.warned.insert(record.key.clone(), record.revision) != Some(record.revision) {
-            warn!("{text}");
-        }
+    fn complain_of_losers(&mut self) {
+        self.served();
     }
 
     fn revoked(&self, reason: &str) -> Revoked {
@@ -277,10 +263,11 @@ impl View {
 mod tests {
     use std::{net::Ipv4Addr, time::Duration};
 
+    use ipnet::Ipv4Net;
     use tokio::{sync::watch::Receiver, task::JoinHandle};
 
     use super::*;
-    use crate::{lease::record::LeaseValue, registry::memory::MemoryRegistry};
+    use crate::{lease::record::LeaseValue, network::Network, registry::memory::MemoryRegistry};
 
     const OWN: &str = "subnets/10.5.1.0-24";
 
@@ -289,6 +276,7 @@ mod tests {
         registry: MemoryRegistry,
         peers: Receiver<Option<Arc<PeerSet>>>,
         addresses: OwnAddresses,
+        here: Sender<Vec<Ipv4Net>>,
         task: JoinHandle<Revoked>,
     }
 
@@ -307,11 +295,15 @@ mod tests {
         let shared = registry.clone();
         let addresses = OwnAddresses::new(own.value.public_ip);
         let known = addresses.clone();
-        let task = tokio::spawn(async move { watch(&shared, &own, &addresses, &publish).await });
+        let network = Network::parse(r#"{"Network":"10.5.0.0/16"}"#).unwrap().network;
+        let (here, addresses_here) = tokio::sync::watch::channel(vec!["192.0.2.1/24".parse().unwrap()]);
+        let screen = Screen::new(&network, &own, addresses_here);
+        let task = tokio::spawn(async move { watch(&shared, &own, &addresses, &screen, &publish).await });
         Fixture {
             registry,
             peers,
             addresses: known,
+            here,
             task,
         }
     }
@@ -383,6 +375,70 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn what_others_write_takes_no_good_peers_place() {
+        let mut watch = start(&[("subnets/10.5.2.0-24", &value(2)), ("subnets/10.5.3.0-24", &value(3))]).await;
+        watch.expect(&["10.5.2.0-24@192.0.2.2", "10.5.3.0-24@192.0.2.3"]).await;
+        let at = |address: &str| LeaseValue::new(address.parse().unwrap()).to_bytes();
+        let deep = format!(
+            r#"{{"PublicIP":"192.0.2.66","BackendData":{}1{}}}"#,
+            "[".repeat(500),
+            "]".repeat(500)
+        );
+        for (key, value) in [
+            ("10.5.2.0-25", value(66)),
+            ("10.5.0.0-17", value(66)),
+            ("10.5.1.0-25", value(66)),
+            ("10.5.0.0-16", value(66)),
+            ("10.9.1.0-24", value(66)),
+            ("0.0.0.0-0", value(66)),
+            ("10.5.9.0-24", at("0.0.0.0")),
+            ("10.5.10.0-24", at("255.255.255.255")),
+            ("10.5.11.0-24", at("192.0.2.255")),
+            ("10.5.12.0-24", at("10.5.12.1")),
+            ("10.5.13.0-24", at("127.0.0.1")),
+            ("10.5.14.0-24", deep.into_bytes()),
+            ("10.5.15.0-24", vec![0xff; 4_096]),
+            ("10.5.16.0-24", Vec::new()),
+            ("\u{fffd}", value(66)),
+        ] {
+            let key = format!("subnets/{key}");
+            watch.registry.put(&key, &value).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            watch.expect(&["10.5.2.0-24@192.0.2.2", "10.5.3.0-24@192.0.2.3"]).await;
+        }
+        // And the same in a new picture.
+        watch.registry.fail_watches();
+        watch.registry.put("subnets/10.5.4.0-24", &value(4)).await.unwrap();
+        watch
+            .expect(&[
+                "10.5.2.0-24@192.0.2.2",
+                "10.5.3.0-24@192.0.2.3",
+                "10.5.4.0-24@192.0.2.4",
+            ])
+            .await;
+        // One that loses to another is served when that is gone.
+        watch.delete("subnets/10.5.2.0-24").await;
+        watch
+            .expect(&[
+                "10.5.2.0-25@192.0.2.66",
+                "10.5.3.0-24@192.0.2.3",
+                "10.5.4.0-24@192.0.2.4",
+            ])
+            .await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_with_this_hosts_address_is_served_once_that_is_the_peers_alone() {
+        let mut watch = start(&[("subnets/10.5.2.0-24", &value(7))]).await;
+        watch.expect(&["10.5.2.0-24@192.0.2.7"]).await;
+        let both = ["192.0.2.1/24", "192.0.2.7/24"].map(|net| net.parse().unwrap());
+        watch.here.send_replace(both.to_vec());
+        watch.expect(&[]).await;
+        watch.here.send_replace(both[..1].to_vec());
+        watch.expect(&["10.5.2.0-24@192.0.2.7"]).await;
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn what_changed_while_cut_off_is_found_and_peers_in_both_pictures_are_never_withdrawn() {
         let mut watch = start(&[("subnets/10.5.2.0-24", &value(2)), ("subnets/10.5.3.0-24", &value(3))]).await;
         watch.expect(&["10.5.2.0-24@192.0.2.2", "10.5.3.0-24@192.0.2.3"]).await;
@@ -431,6 +487,7 @@ mod tests {
         watch.registry.put(OWN, &value(9)).await.unwrap();
         watch.addresses.settle(Ipv4Addr::new(192, 0, 2, 9));
         // The old address may be another host's now, and the new one is no peer's.
+        watch.here.send_replace(vec!["192.0.2.9/24".parse().unwrap()]);
         watch.registry.put("subnets/10.5.3.0-24", &value(1)).await.unwrap();
         watch.registry.put("subnets/10.5.2.0-24", &value(9)).await.unwrap();
         watch.expect(&["10.5.3.0-24@192.0.2.1"]).await;
