@@ -25,7 +25,8 @@ pub(super) struct Complaints {
 impl Complaints {
     /// A whole new picture is taken: what is not complained of again till [`end_picture`](Self::end_picture) is well, or gone.
     pub(super) fn begin_picture(&mut self) {
-        self.before = std::mem::take(&mut self.named);
+        // The one before may not have come to its end.
+        self.before.extend(self.named.drain());
     }
 
     pub(super) fn end_picture(&mut self) {

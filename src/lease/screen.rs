@@ -213,17 +213,11 @@ impl Screen {
     fn decide(&self, settled: &mut Settled) {
         let mut ranked: Vec<Arc<Lease>> = std::mem::take(&mut settled.peers).into_values().collect();
         ranked.sort_by_key(|lease| (!lease.subnets.fit(&self.network), lease.revision, lease.subnets));
-        let (mut v4, mut v6) = (Taken::default(), Taken::default());
+        let mut taken = AllTaken::default();
         for lease in ranked {
             let subnets = lease.subnets;
-            let other = v4
-                .holder(&subnets.v4())
-                .or_else(|| subnets.v6().and_then(|net| v6.holder(&net)));
-            let Some(other) = other else {
-                v4.insert(&subnets.v4(), subnets);
-                if let Some(net) = subnets.v6() {
-                    v6.insert(&net, subnets);
-                }
+            let Some(other) = taken.holder(&subnets) else {
+                taken.insert(subnets);
                 settled.peers.insert(subnets, lease);
                 continue;
             };
@@ -267,6 +261,18 @@ fn unreachable(lease: &Lease, why: String) -> Unfit {
     }
 }
 
+/// Adds those of `others` to the peers that overlap none of them.
+pub(super) fn add_apart<'a>(peers: &mut PeerSet, others: impl Iterator<Item = &'a Arc<Lease>>) {
+    let mut taken = AllTaken::default();
+    peers.keys().for_each(|subnets| taken.insert(*subnets));
+    for lease in others {
+        if taken.holder(&lease.subnets).is_none() {
+            taken.insert(lease.subnets);
+            peers.insert(lease.subnets, Arc::clone(lease));
+        }
+    }
+}
+
 /// Whether no two overlap. `subnets` come in order.
 fn are_apart<'a>(subnets: impl Iterator<Item = &'a Subnets>) -> bool {
     let mut v6 = Vec::new();
@@ -282,6 +288,28 @@ fn are_apart<'a>(subnets: impl Iterator<Item = &'a Subnets>) -> bool {
     }
     v6.sort_unstable();
     v6.windows(2).all(|pair| pair[0].last() < pair[1].first())
+}
+
+/// Subnets that are apart.
+#[derive(Debug, Default)]
+struct AllTaken {
+    v4: Taken,
+    v6: Taken,
+}
+
+impl AllTaken {
+    /// Who has some of these.
+    fn holder(&self, subnets: &Subnets) -> Option<Subnets> {
+        let v6 = || subnets.v6().and_then(|net| self.v6.holder(&net));
+        self.v4.holder(&subnets.v4()).or_else(v6)
+    }
+
+    fn insert(&mut self, subnets: Subnets) {
+        self.v4.insert(&subnets.v4(), subnets);
+        if let Some(net) = subnets.v6() {
+            self.v6.insert(&net, subnets);
+        }
+    }
 }
 
 /// Blocks of one family that are apart, by their first address, and whose they are.
