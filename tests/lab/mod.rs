@@ -11,11 +11,13 @@ pub(crate) mod memory;
 pub(crate) mod original;
 pub(crate) mod pair;
 pub(crate) mod plain_peer;
+pub(crate) mod pour;
 pub(crate) mod programmed;
 pub(crate) mod relay;
 pub(crate) mod seccomp;
 pub(crate) mod stream;
 pub(crate) mod traffic;
+pub(crate) mod vitals;
 pub(crate) mod vxlan;
 pub(crate) mod wire;
 
