@@ -6,7 +6,9 @@
 //! host's lease is gone, or another host has its PublicIP. SIGTERM and SIGINT end it at any point.
 
 mod blackhole;
+mod doors;
 mod pace;
+mod succession;
 
 use std::{
     cell::RefCell,
@@ -19,7 +21,6 @@ use std::{
     time::Duration,
 };
 
-use sd_notify::NotifyState;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, oneshot, watch},
@@ -28,7 +29,12 @@ use tokio::{
 use tracing::{info, warn};
 
 use crate::{
-    backend::{self, Backend, Overlays, host_gw::HostGw, leftovers, udp, vxlan::Vxlan},
+    backend::{self, Backend, Descriptors, Overlays, host_gw::HostGw, leftovers, udp, vxlan::Vxlan},
+    handover::{
+        self,
+        heir::{self, Predecessor},
+        server::Event,
+    },
     kernel::{
         self, Kernel,
         external::{self, External, Wish},
@@ -43,14 +49,17 @@ use crate::{
         watch::{self as lease_watch, OwnAddresses, PeerSet, Revoked},
     },
     network::{self, BackendKind, LoadError, Network},
-    observe::{self, board::Board, health, outage::Outage, registry::Observed, socket},
+    observe::{self, board::Board, health, outage::Outage, registry::Observed},
     registry::{Registry, TtlId},
     rules::{self, Keeper, Mechanism},
     subnet_file::{Previous, Share, SubnetFile, WriteError},
+    supervisor::Supervisor,
 };
 
 use blackhole::Blackhole;
+use doors::Doors;
 use pace::{Look, Pace};
+use succession::Stage;
 
 /// How long the external address may be away before another one of the interface is taken for it: a DHCP client, or a person,
 /// removes and adds it in this time.
@@ -87,6 +96,8 @@ pub struct Settings {
     pub rules: rules::Options,
     /// For the `udp` backend.
     pub udp: udp::Options,
+    /// Whether to go on in the place of the running daemon.
+    pub handover: bool,
 }
 
 /// Why a run ended by itself.
@@ -125,6 +136,9 @@ pub enum Error {
     /// Our lease is gone.
     #[error(transparent)]
     Revoked(#[from] Revoked),
+    /// The running daemon does not hand over.
+    #[error(transparent)]
+    Handover(#[from] heir::Error),
     /// The kernel does not answer.
     #[error(transparent)]
     Kernel(#[from] kernel::Error),
@@ -136,8 +150,17 @@ pub enum Error {
     Signal(#[source] io::Error),
 }
 
-/// Runs until SIGTERM or SIGINT (`Ok`), or until it cannot go on. The `udp` backend's device is gone when this returns; what the
-/// kernel carries packets by stays, so that a restart breaks no flow.
+/// How a run ends well.
+enum End {
+    /// Someone has stopped it.
+    Stopped,
+    /// Another daemon goes on in its place.
+    HandedOver,
+}
+
+/// Runs until SIGTERM or SIGINT or until another daemon has taken over (`Ok`), or until it cannot go on. The `udp` backend's
+/// device is gone when this returns, unless another process has it too: a supervisor that keeps descriptors, or the other daemon.
+/// What the kernel carries packets by stays, so that a restart breaks no flow.
 ///
 /// # Errors
 /// What the daemon cannot mend by waiting. An unreachable registry or a missing configuration is not among them.
@@ -147,35 +170,50 @@ pub async fn run(mut settings: Settings) -> Result<(), Error> {
     let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signal)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signal)?;
     let claims = Claims::default();
+    let supervisor = RefCell::new(Supervisor::of_this_process());
     // Whatever `serve` holds (the engine, and with it the device) is dropped when it ends or is abandoned here.
     let outcome = tokio::select! {
         _ = terminate.recv() => stopping("SIGTERM"),
         _ = interrupt.recv() => stopping("SIGINT"),
-        ended = serve(&settings, &board, &claims) => ended,
+        ended = serve(&settings, &board, &claims, &supervisor) => ended,
     };
-    tell_supervisor(NotifyState::Stopping);
+    if let Ok(End::HandedOver) = outcome {
+        return Ok(());
+    }
+    supervisor.borrow().tell_stopping();
     // An unreachable registry forgets the claims by itself.
     let _ = timeout(LEAVE, withdraw(claims.take())).await;
-    outcome
+    outcome.map(drop)
 }
 
-fn stopping(signal: &str) -> Result<(), Error> {
+fn stopping(signal: &str) -> Result<End, Error> {
     info!("{signal} received: stopping");
-    Ok(())
+    Ok(End::Stopped)
 }
 
-async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<(), Error> {
+async fn serve(
+    settings: &Settings,
+    board: &Board,
+    claims: &Claims,
+    supervisor: &RefCell<Supervisor>,
+) -> Result<End, Error> {
     // Not only when the device is made: this host's lease would have been taken by then.
     if !kernel::may_administer() {
         return Err(Error::Unprivileged);
     }
     let registry = &*settings.registry;
-    if let Some(address) = settings.health {
-        health::serve(address, board.clone()).await?;
+    let mut left = supervisor.borrow_mut().left_behind();
+    let mut before = predecessor(settings).await?;
+    let mut doors = Doors::open(settings, before.as_mut()).await?;
+    match &mut before {
+        Some(before) => {
+            left = before.descriptors();
+            if supervisor.borrow().is_none() {
+                *supervisor.borrow_mut() = before.supervisor();
+            }
+        }
+        None => doors.serve(board)?,
     }
-    // Whoever cannot be asked how it is can work all the same.
-    let _status = socket::Server::open(&settings.status_socket, board.clone())
-        .inspect_err(|error| warn!("{error}; `flanneld status` will not work"));
     let mut kernel = Kernel::open()?;
     let external = external::choose(&mut kernel, &settings.external)?;
     info!(
@@ -185,6 +223,9 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
     board.external(&external);
     board.waiting_for("the network's configuration");
     let network = configuration(registry).await?;
+    if let Some(before) = &before {
+        before.fits(&network, &external)?;
+    }
     warn_of_overlap(&network, &external);
     let mechanism = Mechanism::choose(&settings.rules, &network).await?;
     let previous = previous(settings);
@@ -192,14 +233,19 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
     let mut monitor = Monitor::open().map_err(Error::Monitor)?;
     let (failures, mut failed) = mpsc::unbounded_channel();
     let overlays = Overlays::new(&network, &previous).ok_or(backend::Error::NoIpv4(network.backend().kind()))?;
-    let mut backend = backend_of(&network, &external, &overlays, settings, failures)?;
+    let mut backend = backend_of(&network, &external, &overlays, settings, left, failures)?;
     board.waiting_for("this host's PublicIP to be free");
-    let mut present = Box::pin(keep_presence(
-        claim(&settings.registry, external.public_ip, claims).await?,
-    ));
+    // It is not this daemon's to take back before the other one is gone.
+    let handed = before.as_mut().and_then(Predecessor::claim);
+    let handed = handed.map(|handed| Presence::adopt(&settings.registry, external.public_ip, handed));
+    let mut handed = handed.transpose()?.map(Arc::new);
+    let mut present = Box::pin(keep_presence(match &handed {
+        Some(handed) => Some(Arc::clone(handed)),
+        None => claim(&settings.registry, external.public_ip, claims).await?,
+    }));
     board.waiting_for("a lease");
     let own = tokio::select! {
-        own = lease(settings, &network, &external, &*backend, &previous) => own?,
+        own = lease(settings, &network, &external, &*backend, &previous, before.as_ref()) => own?,
         lost = &mut present => return Err(lost.into()),
     };
     board.lease(&own.lease, own.left, settings.renew_margin);
@@ -211,6 +257,9 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
         Vec::new()
     };
     let blackhole = Blackhole::new(&mut kernel, dropped, &overlays);
+    if before.is_none() {
+        park(&*backend, &supervisor.borrow());
+    }
 
     let addresses = OwnAddresses::new(own.lease.value.public_ip);
     let (publish, mut peers) = watch::channel(None);
@@ -226,6 +275,8 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
     let rules = Keeper::new(settings.rules, mechanism, &network, &own.lease.subnets);
     let mut ruling = pin!(rules.keep(in_place, || board.rules_repaired()));
     let mut moving: MovingLease = Box::pin(pending());
+    let mut stopping: StoppingOther = Box::pin(pending());
+    let mut settling: SettlingOther = Box::pin(pending());
     let mut run = Run {
         settings,
         network,
@@ -238,6 +289,13 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
         board,
         ruled: false,
         ready: false,
+        stage: if before.is_some() {
+            Stage::Preparing
+        } else {
+            Stage::Alone
+        },
+        offered: None,
+        supervisor,
         interface: Outage::of("following the external interface"),
         away_since: None,
         again: None,
@@ -248,6 +306,11 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
     run.tell_of_backend();
     run.become_ready()?;
     loop {
+        if run.is_prepared()
+            && let Some(before) = before.take()
+        {
+            stopping = Box::pin(before.stop());
+        }
         let (at, look) = run.pace.next(run.backend.recheck_after());
         tokio::select! {
             Some(reason) = failed.recv() => return Err(Error::Engine(reason)),
@@ -263,6 +326,28 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
                 run.become_ready()?;
             }
             never = &mut ruling => match never {},
+            event = doors.next() => match event {
+                // Whoever has asked may be gone.
+                Event::Asked(reply) => drop(reply.send(run.offer(&doors, claims))),
+                Event::Prepared(heir) => {
+                    if run.hand_over(heir, &mut doors, claims).await? {
+                        return Ok(End::HandedOver);
+                    }
+                }
+            },
+            stopped = &mut stopping => {
+                stopping = Box::pin(pending());
+                let stopped = stopped?;
+                run.carry_on(&stopped.counts)?;
+                settling = Box::pin(stopped.settle());
+            }
+            settled = &mut settling => {
+                settling = Box::pin(pending());
+                settled?;
+                claims.borrow_mut().extend(handed.take());
+                run.is_alone()?;
+                doors.serve(board)?;
+            }
             changes = monitor.next() => run.notice(&changes.map_err(Error::Monitor)?),
             () = sleep_until(at) => {
                 if let Some(value) = run.look(look)? {
@@ -292,6 +377,8 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
     }
 }
 
+type StoppingOther = Pin<Box<dyn Future<Output = Result<heir::Stopped, heir::Error>>>>;
+type SettlingOther = Pin<Box<dyn Future<Output = Result<(), heir::Error>>>>;
 type MovingLease<'a> = Pin<Box<dyn Future<Output = Result<Moved, Error>> + 'a>>;
 
 /// A lease with a new PublicIP.
@@ -319,6 +406,11 @@ struct Run<'a> {
     /// Whether the traffic rules are in place.
     ruled: bool,
     ready: bool,
+    /// Whether another daemon is to end for this one.
+    stage: Stage,
+    /// What a new daemon was offered to go on with.
+    offered: Option<(External, Lease)>,
+    supervisor: &'a RefCell<Supervisor>,
     /// The external interface's coming and going.
     interface: Outage,
     /// Since when its address has been away.
@@ -332,10 +424,13 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Lets the backend serve the peers.
+    /// Lets the backend serve the peers. What is to be carried to them has waited till then.
     fn apply(&mut self) -> Result<(), Error> {
         let Some(peers) = &self.peers else { return Ok(()) };
         self.backend.apply(peers)?;
+        if self.stage != Stage::Preparing {
+            self.backend.resume()?;
+        }
         self.board.peers(Arc::clone(peers));
         self.become_ready()
     }
@@ -345,11 +440,12 @@ impl Run<'_> {
         match &self.peers {
             None => self.board.waiting_for("the other hosts' leases"),
             Some(_) if !self.ruled => self.board.waiting_for("the traffic rules"),
+            Some(_) if self.stage != Stage::Alone => self.board.waiting_for("the other flanneld to hand over"),
             Some(peers) if !self.ready => {
                 self.ready = true;
                 self.write_subnet_file()?;
                 self.board.ready();
-                tell_supervisor(NotifyState::Ready);
+                self.supervisor.borrow().tell_ready();
                 let subnets = self.lease.subnets.to_cidrs();
                 info!("ready: subnet {subnets}, {} peer(s)", peers.len());
             }
@@ -434,6 +530,9 @@ impl Run<'_> {
         let before = std::mem::replace(&mut self.external, now);
         self.board.external(&self.external);
         self.tell_of_backend();
+        if self.external.address != before.address && self.stage == Stage::Alone {
+            park(&*self.backend, &self.supervisor.borrow());
+        }
         if self.backend.mtu() != mtu && self.ready {
             self.file_is_due = true;
             warn!(
@@ -509,6 +608,27 @@ async fn move_lease(
     }
 }
 
+/// The running daemon, if it is to hand over.
+async fn predecessor(settings: &Settings) -> Result<Option<Predecessor>, heir::Error> {
+    if !settings.handover {
+        return Ok(None);
+    }
+    let path = handover::beside(&settings.status_socket);
+    let found = Predecessor::find(&path).await?;
+    if found.is_none() {
+        info!("no flanneld runs that listens at {}: there is nothing to take over", path.display());
+    }
+    Ok(found)
+}
+
+/// Puts what packets are carried through into the supervisor's store.
+fn park(backend: &dyn Backend, supervisor: &Supervisor) {
+    match backend.descriptors() {
+        Ok(descriptors) => supervisor.park(&descriptors),
+        Err(error) => warn!("cannot copy descriptors for the supervisor's store, so that a restart will lose packets: {error}"),
+    }
+}
+
 /// What an earlier run has written into the subnet file.
 fn previous(settings: &Settings) -> Previous {
     Previous::read(&settings.subnet_file).unwrap_or_else(|error| {
@@ -573,6 +693,7 @@ fn backend_of(
     external: &External,
     overlays: &Overlays,
     settings: &Settings,
+    left: Descriptors,
     failures: mpsc::UnboundedSender<String>,
 ) -> Result<Box<dyn Backend>, backend::Error> {
     let kind = network.backend().kind();
@@ -580,7 +701,7 @@ fn backend_of(
         return Err(backend::Error::DualStack(kind));
     }
     Ok(match network.backend() {
-        network::Backend::Udp(udp) => Box::new(udp::Udp::new(external, udp.clone(), settings.udp, failures)?),
+        network::Backend::Udp(udp) => Box::new(udp::Udp::new(external, udp.clone(), settings.udp, left, failures)?),
         network::Backend::Vxlan(vxlan) => Box::new(Vxlan::new(external, vxlan.clone(), overlays)?),
         network::Backend::HostGw => Box::new(HostGw::new(external, overlays)?),
     })
@@ -633,13 +754,14 @@ async fn claim_after_others(
     }
 }
 
-/// Takes this host's lease, as long as it takes the registry to answer.
+/// Takes this host's lease, or goes on with that of the daemon `before`, as long as it takes the registry to answer.
 async fn lease(
     settings: &Settings,
     network: &Network,
     external: &External,
     backend: &dyn Backend,
     previous: &Previous,
+    before: Option<&Predecessor>,
 ) -> Result<Own, Error> {
     let value = LeaseValue {
         public_ipv6: settings.public_ipv6,
@@ -649,7 +771,15 @@ async fn lease(
     };
     let mut outage = Outage::of("taking a lease");
     loop {
-        match acquire::acquire(&*settings.registry, network, &value, previous).await {
+        let taken = match before {
+            None => acquire::acquire(&*settings.registry, network, &value, previous).await,
+            Some(before) => match acquire::go_on(&*settings.registry, before.subnets(), &value).await {
+                Ok(None) => return Err(before.lost_its_lease().into()),
+                Ok(Some(own)) => Ok(own),
+                Err(error) => Err(error.into()),
+            },
+        };
+        match taken {
             Ok(own) => {
                 outage.over();
                 return Ok(own);
@@ -684,10 +814,4 @@ async fn keep_presence(presence: Option<Arc<Presence>>) -> ClaimError {
         Some(presence) => presence.keep().await,
         None => pending().await,
     }
-}
-
-/// For units of `Type=notify`. Without a supervisor there is nobody to tell, and one that does not listen is no reason to
-/// stop.
-fn tell_supervisor(state: NotifyState<'_>) {
-    let _ = sd_notify::notify(&[state]);
 }

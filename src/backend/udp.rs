@@ -5,11 +5,12 @@
 
 use std::{
     io,
-    net::{Ipv4Addr, SocketAddr, UdpSocket},
+    net::{Ipv4Addr, SocketAddr},
     num::NonZeroUsize,
+    os::fd::{AsFd, OwnedFd},
     sync::{Arc, Mutex, PoisonError},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -18,27 +19,29 @@ use tracing::{info, warn};
 
 use crate::{
     engine::{
-        Engine, IcmpSource, Offloads, Parts,
+        Engine, IcmpSource, Observer, Offloads, Parts, Sockets,
         admission::{self, Admission},
         io::Way,
         peers::PeerIds,
+        snapshot::WorkerSnapshot,
     },
     kernel::{Kernel, external::External, monitor::Change},
     lease::{record::Lease, watch::PeerSet},
     network::{self, BackendKind, Network, SourceCheck},
-    observe::{board::Report, chain, outage::Outage},
+    observe::{board::Report, chain, outage::Outage, status::Counts},
     route_table::{Peer, RouteTable, Routes},
     sys::{
-        tun::{self, Tun, TunOffload},
+        tun::{Tun, TunOffload},
         udp, uring,
     },
 };
 
 use super::{
-    Backend, Error, LEAST_MTU,
+    Backend, Descriptors, Error, LEAST_MTU,
     repairs::Repairs,
     udp_device,
-    udp_report::{Facts, overflow},
+    udp_report::{Facts, overflow, peer_before, worker_before},
+    udp_sockets,
 };
 
 /// The kernel puts the first free number in.
@@ -49,11 +52,6 @@ const OVERHEAD: u32 = 28;
 
 /// The longest IPv4 packet (RFC 791): loopback has a larger MTU.
 const LONGEST_PACKET: u32 = 65_535;
-
-/// How long, and how often, a port that is taken is tried again: the kernel closes the files of a killed daemon that has used
-/// io_uring some 20 ms after its end ([`crate::sys::uring`]), on a busy machine later.
-const PORT_PATIENCE: Duration = Duration::from_millis(500);
-const PORT_RETRY: Duration = Duration::from_millis(10);
 
 /// More workers than this by default would only wait for each other; `--workers` goes further.
 const MOST_DEFAULT_WORKERS: usize = 16;
@@ -110,27 +108,33 @@ pub struct Udp {
     routes: Routes,
     peers: Arc<Mutex<PeerIds>>,
     failures: UnboundedSender<String>,
-    /// For each worker, until the engine takes them.
-    sockets: Vec<Vec<UdpSocket>>,
-    /// What it was started with.
-    started: Option<(Network, Lease)>,
-    running: Option<Running>,
+    /// For each worker.
+    sockets: Vec<Sockets>,
+    /// A device's queues that an earlier process has left.
+    left: Vec<OwnedFd>,
+    /// Whether that process uses them still.
+    shared: bool,
+    started: Option<Started>,
+    engine: Option<Engine>,
     /// Whether others may have changed the device.
     unsure: bool,
     trouble: Outage,
 }
 
 /// What there is once the device is set up.
-struct Running {
-    /// Stops when it is dropped, and the device goes with it.
-    _engine: Engine,
-    /// The device's.
+struct Started {
+    network: Network,
+    own: Lease,
+    /// The device goes with its last queue.
+    device: Tun,
     index: u32,
+    tun_offload: TunOffload,
     facts: Arc<Facts>,
 }
 
 impl Udp {
-    /// Takes the tunnel's port on the external address. Workers that cannot go on say why through `failures`.
+    /// Takes the tunnel's port on the external address, and of what an earlier process has `left` what fits. Workers that cannot
+    /// go on say why through `failures`.
     ///
     /// # Errors
     /// When the port is in use, or the external MTU is too small.
@@ -138,6 +142,7 @@ impl Udp {
         external: &External,
         configuration: network::Udp,
         options: Options,
+        left: Descriptors,
         failures: UnboundedSender<String>,
     ) -> Result<Self, Error> {
         let mtu = mtu_over(external)?;
@@ -148,7 +153,19 @@ impl Udp {
                 .map_or(1, NonZeroUsize::get)
                 .min(MOST_DEFAULT_WORKERS),
         };
-        let sockets = bind_on(external, &configuration, workers)?;
+        let workers = if left.shared && !left.queues.is_empty() {
+            // The kernel would give a new queue its part of the flows before there is a worker for it.
+            if left.queues.len() != workers {
+                info!(
+                    "going on with the {} worker(s) of the running flanneld; a restart makes them {workers}",
+                    left.queues.len()
+                );
+            }
+            left.queues.len()
+        } else {
+            workers
+        };
+        let sockets = udp_sockets::bind_on(external, &configuration, workers, left.sockets)?;
         Ok(Self {
             external: external.clone(),
             configuration,
@@ -159,46 +176,71 @@ impl Udp {
             peers: Arc::default(),
             failures,
             sockets,
+            left: left.queues,
+            shared: left.shared,
             started: None,
-            running: None,
+            engine: None,
             unsure: false,
             trouble: Outage::of("looking after the TUN device"),
         })
     }
 
-    fn open_queues(&self) -> io::Result<(Tun, TunOffload)> {
-        if self.options.offload {
-            tun::open_offload(DEVICE, self.workers)
-        } else {
-            tun::open_multi_queue(DEVICE, self.workers).map(|device| (device, TunOffload::None))
+    /// The device that was left, if it fits, or else a new one.
+    fn device(&mut self, kernel: &mut Kernel, own: &Lease) -> Result<(Tun, TunOffload), Error> {
+        let left = std::mem::take(&mut self.left);
+        if !left.is_empty() {
+            match udp_device::adopt(kernel, left, &self.options, self.workers, own) {
+                Ok(device) => return Ok(device),
+                Err((why, _)) if self.shared => return Err(Error::Misfit(why)),
+                Err((why, index)) => {
+                    info!("making the TUN device anew, since that of the run before does not fit: {why}");
+                    // Whoever else keeps it would keep its route, too.
+                    index.map_or(Ok(()), |index| kernel.remove_link(index))?;
+                }
+            }
+        }
+        let (device, offload) = udp_device::open(&self.options, self.workers)?;
+        self.workers = device.queues.len();
+        self.sockets.truncate(self.workers);
+        Ok((device, offload))
+    }
+
+    /// What the kernel does for these sockets and for this device.
+    fn offloads(&self, tun_offload: TunOffload) -> Offloads {
+        let wanted = self.options.offload;
+        let all = self.sockets.iter().flat_map(|sockets| sockets.iter());
+        let mut tunnels = self.sockets.iter().map(|sockets| &sockets[0]);
+        Offloads {
+            tun_tcp: tun_offload >= TunOffload::Tcp,
+            tun_udp: tun_offload == TunOffload::TcpUdp,
+            udp_segment: wanted && all.into_iter().all(udp::can_segment),
+            udp_gro: if wanted {
+                tunnels.all(|socket| udp::enable_gro(socket).is_ok())
+            } else {
+                // An earlier process may have switched it on; a kernel that does not know it has it off.
+                tunnels.for_each(|socket| drop(udp::disable_gro(socket)));
+                false
+            },
         }
     }
 
-    /// Opens the TUN device, by the plain path where the fast one is refused.
-    fn open_device(&mut self) -> Result<(Tun, TunOffload), Error> {
-        let opened = match self.options.tun {
-            TunMode::Plain => tun::open_plain(DEVICE).map(|device| (device, TunOffload::None)),
-            TunMode::Auto => self.open_queues().or_else(|error| {
-                if error.raw_os_error() != Some(libc::EINVAL) {
-                    return Err(error);
-                }
-                warn!("the kernel refuses a TUN device with several queues ({error}): using one queue and one worker");
-                self.workers = 1;
-                self.sockets.truncate(1);
-                tun::open_plain(DEVICE).map(|device| (device, TunOffload::None))
-            }),
+    fn say_up(&self) {
+        let Some(Started { own, facts, .. }) = &self.started else {
+            return;
         };
-        opened.map_err(|source| Error::Tun {
-            pattern: DEVICE,
-            hint: match source.raw_os_error() {
-                Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
-                    "there is no TUN driver here: run `modprobe tun`, or give the container /dev/net/tun"
-                }
-                Some(libc::EPERM | libc::EACCES) => "run as root, or with CAP_NET_ADMIN",
-                _ => "the system refuses",
-            },
-            source,
-        })
+        info!(
+            "{} is up: address {}, MTU {}, {} worker{}, UDP {}:{} on {}, I/O {}, offloads: {}",
+            facts.device,
+            own.subnets.v4().addr(),
+            self.mtu,
+            self.workers,
+            if self.workers == 1 { "" } else { "s" },
+            self.external.address,
+            self.configuration.port,
+            self.external.name,
+            facts.way,
+            facts.observer.offloads(),
+        );
     }
 }
 
@@ -212,67 +254,89 @@ impl Backend for Udp {
     }
 
     fn start(&mut self, network: &Network, own: &Lease) -> Result<(), Error> {
-        let (device, tun_offload) = self.open_device()?;
-        let index = udp_device::configure(
-            &mut Kernel::open()?,
-            &device.name,
-            self.mtu,
-            &self.external,
-            network,
-            own,
-        )?;
-        let offload = self.options.offload;
-        let offloads = Offloads {
-            tun_tcp: tun_offload >= TunOffload::Tcp,
-            tun_udp: tun_offload == TunOffload::TcpUdp,
-            udp_segment: offload && self.sockets.iter().flatten().all(udp::can_segment),
-            udp_gro: offload && self.sockets.iter().all(|sockets| udp::enable_gro(&sockets[0]).is_ok()),
-        };
+        let mut kernel = Kernel::open()?;
+        let (device, tun_offload) = self.device(&mut kernel, own)?;
+        let index = udp_device::configure(&mut kernel, &device.name, self.mtu, &self.external, network, own)?;
         let (way, refused) = choose_way(self.options.io, uring::probe);
         if let Some(reason) = refused {
             warn!("cannot use io_uring: {reason}; packets are moved with system calls (--io=mmsg) instead");
         }
-        let failures = self.failures.clone();
-        let parts = Parts {
-            queues: device.queues,
-            sockets: std::mem::take(&mut self.sockets),
-            routes: self.routes.clone(),
-            admission: Admission::new(source_check(self.configuration.source_check), own.subnets.nets()),
-            icmp_source: icmp_source(own),
-            offloads,
-            way,
-            pin: self.options.pin,
-            busy_poll: self.options.busy_poll,
-        };
-        // Nobody listens any more when the daemon is ending.
-        let engine = Engine::start(parts, move |reason| drop(failures.send(reason))).map_err(Error::Engine)?;
-        info!(
-            "{} is up: address {}, MTU {}, {} worker{}, UDP {}:{} on {}, I/O {way}, offloads: {offloads}",
-            device.name,
-            own.subnets.v4().addr(),
-            self.mtu,
-            self.workers,
-            if self.workers == 1 { "" } else { "s" },
-            self.external.address,
-            self.configuration.port,
-            self.external.name,
-        );
         let facts = Arc::new(Facts {
-            device: device.name,
+            device: device.name.clone(),
             mtu: self.mtu,
             way,
             options: self.options,
-            observer: engine.observer().clone(),
+            observer: Observer::new(&self.sockets, self.offloads(tun_offload), &[]),
             peers: Arc::clone(&self.peers),
             repairs: Repairs::default(),
         });
-        self.running = Some(Running {
-            _engine: engine,
+        self.started = Some(Started {
+            network: network.clone(),
+            own: own.clone(),
+            device,
             index,
+            tun_offload,
             facts,
         });
-        self.started = Some((network.clone(), own.clone()));
+        self.say_up();
         Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), Error> {
+        let (None, Some(started)) = (&self.engine, &self.started) else {
+            return Ok(());
+        };
+        let parts = Parts {
+            queues: started.device.queues.clone(),
+            observer: started.facts.observer.clone(),
+            routes: self.routes.clone(),
+            admission: Admission::new(
+                source_check(self.configuration.source_check),
+                started.own.subnets.nets(),
+            ),
+            icmp_source: icmp_source(&started.own),
+            way: started.facts.way,
+            pin: self.options.pin,
+            busy_poll: self.options.busy_poll,
+        };
+        let failures = self.failures.clone();
+        // Nobody listens any more when the daemon is ending.
+        let engine = Engine::start(parts, move |reason| drop(failures.send(reason))).map_err(Error::Engine)?;
+        self.engine = Some(engine);
+        Ok(())
+    }
+
+    fn pause(&mut self) {
+        self.engine = None;
+    }
+
+    fn descriptors(&self) -> io::Result<Descriptors> {
+        let queues = self.started.iter().flat_map(|started| &started.device.queues);
+        let queues: io::Result<_> = queues.map(|queue| queue.as_fd().try_clone_to_owned()).collect();
+        let ports = self.sockets.first().map_or(0, |sockets| sockets.len());
+        let by_port = (0..ports).flat_map(|port| self.sockets.iter().map(move |sockets| &sockets[port]));
+        let sockets: io::Result<_> = by_port.map(|socket| socket.as_fd().try_clone_to_owned()).collect();
+        Ok(Descriptors {
+            queues: queues?,
+            sockets: sockets?,
+            shared: true,
+        })
+    }
+
+    fn count_from(&mut self, before: &Counts) {
+        let Some(started) = &mut self.started else { return };
+        let workers: Vec<WorkerSnapshot> = before.workers.iter().map(worker_before).collect();
+        let observer = Observer::new(&self.sockets, started.facts.observer.offloads(), &workers);
+        let mut ids = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        for (host, traffic) in &before.peers {
+            observer.add_peer(&peer_before(ids.id(*host), traffic));
+        }
+        drop(ids);
+        started.facts.repairs.count_from(&before.repairs);
+        started.facts = Arc::new(Facts {
+            observer,
+            ..(*started.facts).clone()
+        });
     }
 
     fn apply(&mut self, peers: &PeerSet) -> Result<(), Error> {
@@ -293,11 +357,11 @@ impl Backend for Udp {
     }
 
     fn notice(&mut self, changes: &[Change]) -> bool {
-        let Some(running) = &self.running else { return false };
-        let overlay = self.started.as_ref().and_then(|(network, _)| network.ipv4());
+        let Some(started) = &self.started else { return false };
+        let overlay = started.network.ipv4();
         self.unsure |= changes.iter().any(|change| match change {
-            Change::Link { name, .. } => *name == running.facts.device,
-            Change::Address { link, .. } => *link == running.index,
+            Change::Link { name, .. } => *name == started.facts.device,
+            Change::Address { link, .. } => *link == started.index,
             Change::Route { found, gone } => {
                 *gone && overlay.is_some_and(|plan| found.route.to == IpNet::V4(plan.network()))
             }
@@ -311,45 +375,39 @@ impl Backend for Udp {
         self.unsure = true;
     }
 
-    /// Another address needs other sockets, and so another engine: packets are lost until it runs. All else is changed in place.
+    /// Another address needs other sockets, and so other workers: packets wait in the device until these run.
     fn adapt(&mut self, external: &External) -> Result<(), Error> {
         let mtu = mtu_over(external)?;
-        if external.address != self.external.address {
-            let sockets = bind_on(external, &self.configuration, self.workers)?;
-            self.tell_counters();
-            self.running = None;
-            self.sockets = sockets;
-            self.external = external.clone();
-            self.mtu = mtu;
-            if let Some((network, own)) = self.started.take()
-                && let Err(error) = self.start(&network, &own)
-            {
-                // There is no way back: the daemon ends, and its supervisor tries again.
-                drop(self.failures.send(error.to_string()));
-                return Err(error);
-            }
-            return Ok(());
-        }
-        if let Some(running) = &mut self.running
-            && mtu != self.mtu
+        let sockets = if external.address == self.external.address {
+            None
+        } else {
+            Some(udp_sockets::bind_on(external, &self.configuration, self.workers, Vec::new())?)
+        };
+        if mtu != self.mtu
+            && let Some(started) = &mut self.started
         {
             let mut kernel = Kernel::open()?;
-            let device = &running.facts.device;
-            if let Some(link) = kernel.links()?.iter().find(|link| link.name == *device) {
+            if let Some(link) = kernel.links()?.iter().find(|link| link.name == started.device.name) {
                 kernel.set_mtu(link.index, mtu)?;
             }
-            running.facts = Arc::new(Facts {
+            started.facts = Arc::new(Facts {
                 mtu,
-                ..(*running.facts).clone()
+                ..(*started.facts).clone()
             });
         }
         self.external = external.clone();
         self.mtu = mtu;
+        if let Some(sockets) = sockets {
+            self.exchange(sockets).inspect_err(|error| {
+                // There is no way back: the daemon ends, and its supervisor tries again.
+                drop(self.failures.send(error.to_string()));
+            })?;
+        }
         Ok(())
     }
 
     fn report(&self) -> Option<Report> {
-        let facts = Arc::clone(&self.running.as_ref()?.facts);
+        let facts = Arc::clone(&self.started.as_ref()?.facts);
         Some(Arc::new(move || facts.report()))
     }
 }
@@ -361,12 +419,35 @@ impl Drop for Udp {
 }
 
 impl Udp {
+    /// Goes on with other sockets; what has come to those before is carried first.
+    fn exchange(&mut self, sockets: Vec<Sockets>) -> Result<(), Error> {
+        let was_running = self.engine.is_some();
+        self.pause();
+        self.sockets = sockets;
+        let Some(tun_offload) = self.started.as_ref().map(|started| started.tun_offload) else {
+            return Ok(());
+        };
+        let offloads = self.offloads(tun_offload);
+        if let Some(started) = &mut self.started {
+            started.facts = Arc::new(Facts {
+                observer: started.facts.observer.on_others(&self.sockets, offloads),
+                ..(*started.facts).clone()
+            });
+        }
+        if was_running {
+            self.resume()?;
+        }
+        self.say_up();
+        Ok(())
+    }
+
     /// Looks whether the device is still as it was set up, if that is not certain.
     fn look_after_device(&mut self) {
-        let (true, Some(running), Some((network, own))) = (self.unsure, &self.running, &self.started) else {
+        let (true, Some(started)) = (self.unsure, &self.started) else {
             return;
         };
-        let Facts { device, repairs, .. } = &*running.facts;
+        let Started { network, own, .. } = started;
+        let Facts { device, repairs, .. } = &*started.facts;
         let looked = Kernel::open()
             .and_then(|mut kernel| udp_device::put_right(&mut kernel, device, self.mtu, network, own, repairs));
         match looked {
@@ -381,7 +462,7 @@ impl Udp {
 
     /// What the engine has done, for the log.
     fn tell_counters(&self) {
-        let Some(Running { facts, .. }) = &self.running else {
+        let Some(Started { facts, .. }) = &self.started else {
             return;
         };
         let device = &facts.device;
@@ -390,44 +471,6 @@ impl Udp {
         });
         info!("{}{overflow}", facts.observer.snapshot().summary());
     }
-}
-
-fn bind_on(external: &External, configuration: &network::Udp, workers: usize) -> Result<Vec<Vec<UdpSocket>>, Error> {
-    let address = SocketAddr::new(external.address.into(), configuration.port);
-    bind(address, workers, configuration.source_ports.get()).map_err(|source| Error::Bind {
-        address,
-        hint: match source.kind() {
-            io::ErrorKind::AddrInUse => {
-                "another process has the port, perhaps another flanneld; stop it, or give this network another Backend.Port"
-            }
-            io::ErrorKind::AddrNotAvailable => "this host does not have the address any more",
-            _ => "the system refuses",
-        },
-        source,
-    })
-}
-
-/// For each worker the tunnel's socket and, with more than one source port, one for each of the others. All workers have the same
-/// ports, so that a flow keeps its own whichever worker carries it.
-fn bind(address: SocketAddr, workers: usize, source_ports: u8) -> io::Result<Vec<Vec<UdpSocket>>> {
-    let begun = Instant::now();
-    let tunnel = loop {
-        match udp::bind_group(address, workers) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse && begun.elapsed() < PORT_PATIENCE => {
-                thread::sleep(PORT_RETRY);
-            }
-            bound => break bound?,
-        }
-    };
-    let mut sockets: Vec<Vec<UdpSocket>> = tunnel.into_iter().map(|socket| vec![socket]).collect();
-    for _ in 1..source_ports {
-        let source = udp::bind_source(address.ip(), workers)?;
-        sockets
-            .iter_mut()
-            .zip(source)
-            .for_each(|(of_worker, socket)| of_worker.push(socket));
-    }
-    Ok(sockets)
 }
 
 /// The way that the user wants, or the one that every kernel has, with the reason, where that is refused.
