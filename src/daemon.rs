@@ -3,11 +3,14 @@
 //! In this order, as the original: choose the external interface, wait for the configuration, claim the PublicIP and take the
 //! lease, set up the backend's device, put the traffic rules in place and serve the first picture of the peers, write the subnet
 //! file, say that we are ready; then follow the leases, the kernel and the external interface until a signal comes, this
-//! host's lease is gone, or another host has its PublicIP. SIGTERM and SIGINT end it at any point.
+//! host's subnet or PublicIP is another host's. SIGTERM and SIGINT end it at any point.
+//!
+//! Where the registry does not answer, what an earlier run has [remembered] takes the place of configuration, claim and lease.
 
 mod blackhole;
 mod doors;
 mod pace;
+mod remembered;
 mod succession;
 
 use std::{
@@ -30,6 +33,7 @@ use tracing::{info, warn};
 
 use crate::{
     backend::{self, Backend, Descriptors, Overlays, host_gw::HostGw, leftovers, udp, vxlan::Vxlan},
+    engine::Failure,
     handover::{
         self,
         heir::{self, Predecessor},
@@ -42,15 +46,17 @@ use crate::{
     },
     lease::{
         acquire::{self, AcquireError, Own},
+        holding::Holding,
         keep,
         presence::{ClaimError, Presence},
         record::{Lease, LeaseValue},
+        remembered::{Memory, Origin},
         republish::republish,
         watch::{self as lease_watch, OwnAddresses, PeerSet, Revoked},
     },
     network::{self, BackendKind, LoadError, Network},
     observe::{self, board::Board, health, outage::Outage, registry::Observed},
-    registry::{Registry, TtlId},
+    registry::Registry,
     rules::{self, Keeper, Mechanism},
     subnet_file::{Previous, Share, SubnetFile, WriteError},
     supervisor::Supervisor,
@@ -59,10 +65,11 @@ use crate::{
 use blackhole::Blackhole;
 use doors::Doors;
 use pace::{Look, Pace};
+use remembered::{Beginning, Unverified};
 use succession::Stage;
 
-/// How long the external address may be away before another one of the interface is taken for it: a DHCP client, or a person,
-/// removes and adds it in this time.
+/// How long the external address may be away before another one is taken for it: a DHCP client, or a person, removes and adds it
+/// in this time. And how long it has to be back before it is taken again.
 const AWAY: Duration = Duration::from_secs(2);
 
 /// How long, and how often, a claim to a new PublicIP is tried while another host has it: two hosts may swap addresses, and a
@@ -84,6 +91,8 @@ pub struct Settings {
     pub public_ipv6: Option<Ipv6Addr>,
     /// Where Docker and others read this host's subnet.
     pub subnet_file: PathBuf,
+    /// What is remembered for a start without the registry.
+    pub memory: Memory,
     /// How much of the lease's time is left when it is renewed.
     pub renew_margin: Duration,
     /// Where `/healthz`, `/readyz` and `/metrics` answer.
@@ -127,15 +136,18 @@ pub enum Error {
     /// A worker of the engine has stopped.
     #[error("the packet engine has failed: {0}")]
     Engine(String),
-    /// The subnet file cannot be written.
-    #[error(transparent)]
-    SubnetFile(#[from] WriteError),
     /// The health port cannot be opened.
     #[error(transparent)]
     Health(#[from] health::Error),
-    /// Our lease is gone.
+    /// Our subnet is another host's.
     #[error(transparent)]
     Revoked(#[from] Revoked),
+    /// The network is not what it was.
+    #[error(
+        "the network's configuration was changed while the registry was away, and this daemon began with the one before: \
+         ending, so that the next start takes the new one"
+    )]
+    Reconfigured,
     /// The running daemon does not hand over.
     #[error(transparent)]
     Handover(#[from] heir::Error),
@@ -181,6 +193,10 @@ pub async fn run(mut settings: Settings) -> Result<(), Error> {
         return Ok(());
     }
     supervisor.borrow().tell_stopping();
+    if let Err(Error::Revoked(_) | Error::Claim(_) | Error::Reconfigured) = outcome {
+        // The next start must not begin with what was just found to be another host's, or not so any more.
+        settings.memory.forget();
+    }
     // An unreachable registry forgets the claims by itself.
     let _ = timeout(LEAVE, withdraw(claims.take())).await;
     outcome.map(drop)
@@ -222,10 +238,15 @@ async fn serve(
     );
     board.external(&external);
     board.waiting_for("the network's configuration");
-    let network = configuration(registry).await?;
+    let Beginning {
+        network,
+        config,
+        remembered,
+    } = remembered::begin(settings, registry).await?;
     if let Some(before) = &before {
-        before.fits(&network, &external)?;
+        before.fits(&network, &external, remembered.as_ref())?;
     }
+    let begun_with = network.clone();
     warn_of_overlap(&network, &external);
     let mechanism = Mechanism::choose(&settings.rules, &network).await?;
     let previous = previous(settings);
@@ -234,21 +255,48 @@ async fn serve(
     let (failures, mut failed) = mpsc::unbounded_channel();
     let overlays = Overlays::new(&network, &previous).ok_or(backend::Error::NoIpv4(network.backend().kind()))?;
     let mut backend = backend_of(&network, &external, &overlays, settings, left, failures)?;
-    board.waiting_for("this host's PublicIP to be free");
+    let value = LeaseValue {
+        public_ipv6: settings.public_ipv6,
+        backend_type: backend.kind().into(),
+        backend_data: backend.data(),
+        ..LeaseValue::new(external.public_ip)
+    };
+    let began_without = remembered.is_some();
+    // What other hosts know of this one must still be so: they cannot be told now.
+    let remembered = remembered.filter(|remembered| remembered.own.lease.value == value);
+    let mut unverified = remembered
+        .as_ref()
+        .map(|remembered| Unverified::begin(registry, remembered, board));
     // It is not this daemon's to take back before the other one is gone.
     let handed = before.as_mut().and_then(Predecessor::claim);
     let handed = handed.map(|handed| Presence::adopt(&settings.registry, external.public_ip, handed));
     let mut handed = handed.transpose()?.map(Arc::new);
-    let mut present = Box::pin(keep_presence(match &handed {
-        Some(handed) => Some(Arc::clone(handed)),
-        None => claim(&settings.registry, external.public_ip, claims).await?,
-    }));
-    board.waiting_for("a lease");
-    let own = tokio::select! {
-        own = lease(settings, &network, &external, &*backend, &previous, before.as_ref()) => own?,
-        lost = &mut present => return Err(lost.into()),
+    let (own, first, mut present) = match remembered {
+        Some(remembered) => {
+            let claiming = match &handed {
+                Some(handed) => Claiming::Done(Some(Arc::clone(handed))),
+                None => Claiming::Wanted(external.public_ip),
+            };
+            let present = Box::pin(keep_presence(&settings.registry, claims, claiming));
+            (remembered.own, Some(remembered.peers), present)
+        }
+        None => {
+            board.waiting_for("this host's PublicIP to be free");
+            let claimed = match &handed {
+                Some(handed) => Some(Arc::clone(handed)),
+                None => claim(&settings.registry, external.public_ip, claims).await?,
+            };
+            let mut present = Box::pin(keep_presence(&settings.registry, claims, Claiming::Done(claimed)));
+            board.waiting_for("a lease");
+            let own = tokio::select! {
+                own = lease(registry, &network, &value, &previous, before.as_ref()) => own?,
+                lost = &mut present => return Err(lost),
+            };
+            (own, None, present)
+        }
     };
     board.lease(&own.lease, own.left, settings.renew_margin);
+    warn_of_renumbering(settings, &previous, &own);
     leftovers::remove(&mut kernel, &overlays, network.backend())?;
     backend.start(&network, &own.lease)?;
     let dropped = if settings.blackhole_route {
@@ -257,20 +305,30 @@ async fn serve(
         Vec::new()
     };
     let blackhole = Blackhole::new(&mut kernel, dropped, &overlays);
-    if before.is_none() {
-        park(&*backend, &supervisor.borrow());
-    }
 
     let addresses = OwnAddresses::new(own.lease.value.public_ip);
     let (publish, mut peers) = watch::channel(None);
-    let first = own.lease.clone();
-    let mut watching = pin!(lease_watch::watch(registry, &first, &addresses, &publish));
-    let mut keeping = pin!(keep_lease(
+    let holding = Holding::new(own.clone(), first.is_none());
+    let mut held = holding.subscribe();
+    let mut watching = pin!(lease_watch::watch(
         registry,
-        own.lease.ttl.zip(own.left),
-        settings.renew_margin,
-        board
+        &holding,
+        &addresses,
+        first.as_deref(),
+        &publish
     ));
+    let mut keeping = pin!(keep_lease(registry, &holding, own.left, settings.renew_margin, board));
+    let mut remembering = pin!(settings.memory.keep(
+        Origin::of(registry),
+        &config,
+        holding.subscribe(),
+        publish.subscribe()
+    ));
+    let mut configured: Pin<Box<dyn Future<Output = Result<(), Error>>>> = if began_without {
+        Box::pin(remembered::still_configured(registry, &begun_with))
+    } else {
+        Box::pin(pending())
+    };
     let (in_place, mut rules_in_place) = oneshot::channel();
     let rules = Keeper::new(settings.rules, mechanism, &network, &own.lease.subnets);
     let mut ruling = pin!(rules.keep(in_place, || board.rules_repaired()));
@@ -281,6 +339,7 @@ async fn serve(
         settings,
         network,
         kernel,
+        first: external.clone(),
         external,
         backend,
         blackhole,
@@ -296,6 +355,7 @@ async fn serve(
         },
         offered: None,
         supervisor,
+        parked: None,
         interface: Outage::of("following the external interface"),
         away_since: None,
         again: None,
@@ -303,27 +363,64 @@ async fn serve(
         file: Outage::of("writing the subnet file"),
         pace: Pace::new(Instant::now()),
     };
+    run.park();
     run.tell_of_backend();
-    run.become_ready()?;
+    run.become_ready();
     loop {
         if run.is_prepared()
             && let Some(before) = before.take()
         {
             stopping = Box::pin(before.stop());
         }
+        if let Some(again) = run.again.take() {
+            run.pace.look_at(again);
+        }
         let (at, look) = run.pace.next(run.backend.recheck_after());
         tokio::select! {
-            Some(reason) = failed.recv() => return Err(Error::Engine(reason)),
-            revoked = &mut watching => return Err(revoked.into()),
+            Some(failure) = failed.recv() => run.engine_failed(failure)?,
+            revoked = &mut watching => {
+                run.let_go();
+                return Err(revoked.into());
+            }
             () = &mut keeping => {}
-            lost = &mut present => return Err(lost.into()),
+            never = &mut remembering => match never {},
+            lost = &mut present => return Err(lost),
+            Ok(()) = held.changed() => {
+                let now = held.borrow_and_update().clone();
+                let another = now.lease.ttl != run.lease.ttl;
+                board.lease(&now.lease, now.left(), settings.renew_margin);
+                run.lease = now.lease;
+                let verified = unverified.as_mut().filter(|unverified| now.confirmed && !unverified.leased);
+                if another || verified.is_some() {
+                    // How much time it has is to be found out.
+                    keeping.set(keep_lease(
+                        registry,
+                        &holding,
+                        run.lease.ttl.map(|_| Duration::ZERO),
+                        settings.renew_margin,
+                        board,
+                    ));
+                }
+                if let Some(verified) = verified {
+                    verified.leased = true;
+                }
+                unverified = unverified.filter(|unverified| !unverified.is_over(board));
+            }
+            same = &mut configured => {
+                configured = Box::pin(pending());
+                same?;
+                if let Some(unverified) = &mut unverified {
+                    unverified.configured = true;
+                }
+                unverified = unverified.filter(|unverified| !unverified.is_over(board));
+            }
             Ok(()) = peers.changed() => {
                 run.peers = peers.borrow_and_update().clone();
                 run.apply()?;
             }
             Ok(()) = &mut rules_in_place, if !run.ruled => {
                 run.ruled = true;
-                run.become_ready()?;
+                run.become_ready();
             }
             never = &mut ruling => match never {},
             event = doors.next() => match event {
@@ -345,7 +442,7 @@ async fn serve(
                 settling = Box::pin(pending());
                 settled?;
                 claims.borrow_mut().extend(handed.take());
-                run.is_alone()?;
+                run.is_alone();
                 doors.serve(board)?;
             }
             changes = monitor.next() => run.notice(&changes.map_err(Error::Monitor)?),
@@ -353,7 +450,7 @@ async fn serve(
                 if let Some(value) = run.look(look)? {
                     addresses.add(value.public_ip);
                     // The address before is another host's to claim now.
-                    present = Box::pin(keep_presence(None));
+                    present = Box::pin(keep_presence(&settings.registry, claims, Claiming::Done(None)));
                     moving = Box::pin(move_lease(settings, claims, run.lease.clone(), &addresses, value));
                 }
             }
@@ -363,13 +460,12 @@ async fn serve(
                 let public_ip = lease.value.public_ip;
                 info!("published the new PublicIP {public_ip}");
                 addresses.settle(public_ip);
+                holding.found(lease);
                 // Another host may have the address before, and was taken for this one.
-                watching.set(lease_watch::watch(registry, &first, &addresses, &publish));
-                board.republished(&lease);
-                run.lease = lease;
+                watching.set(lease_watch::watch(registry, &holding, &addresses, None, &publish));
                 let (kept, released) = claims.take().into_iter().partition(|held| held.public_ip() == public_ip);
                 claims.replace(kept);
-                present = Box::pin(keep_presence(claimed));
+                present = Box::pin(keep_presence(&settings.registry, claims, Claiming::Done(claimed)));
                 // The registry may be slow, and forgets them by itself.
                 tokio::spawn(timeout(LEAVE, withdraw(released)));
             }
@@ -397,6 +493,8 @@ struct Run<'a> {
     network: Network,
     kernel: Kernel,
     external: External,
+    /// What was chosen at the start. It is gone back to when it is there again.
+    first: External,
     backend: Box<dyn Backend>,
     blackhole: Blackhole,
     lease: Lease,
@@ -408,14 +506,16 @@ struct Run<'a> {
     ready: bool,
     /// Whether another daemon is to end for this one.
     stage: Stage,
-    /// What a new daemon was offered to go on with.
-    offered: Option<(External, Lease)>,
+    /// What a new daemon was offered to go on with: descriptors of this generation, and the lease.
+    offered: Option<(u64, Lease)>,
     supervisor: &'a RefCell<Supervisor>,
+    /// Of which generation the descriptors are that the supervisor keeps.
+    parked: Option<u64>,
     /// The external interface's coming and going.
     interface: Outage,
-    /// Since when its address has been away.
+    /// Since when its address has been away, or a better one has been there.
     away_since: Option<Instant>,
-    /// When it is to be looked at again.
+    /// When something is to be looked at again.
     again: Option<Instant>,
     /// Whether the subnet file says what is no longer so.
     file_is_due: bool,
@@ -431,27 +531,53 @@ impl Run<'_> {
         if self.stage != Stage::Preparing {
             self.backend.resume()?;
         }
+        self.park();
+        let Some(peers) = &self.peers else { return Ok(()) };
         self.board.peers(Arc::clone(peers));
-        self.become_ready()
+        self.become_ready();
+        Ok(())
+    }
+
+    /// A worker has ended by itself. A device that is gone is the backend's to make again.
+    fn engine_failed(&mut self, failure: Failure) -> Result<(), Error> {
+        match failure {
+            Failure::DeviceGone => {
+                self.backend.recheck();
+                self.apply()
+            }
+            Failure::Broken(reason) => Err(Error::Engine(reason)),
+        }
     }
 
     /// Lets packets come, once the rules and the first picture of the peers are in place.
-    fn become_ready(&mut self) -> Result<(), Error> {
+    fn become_ready(&mut self) {
         match &self.peers {
             None => self.board.waiting_for("the other hosts' leases"),
             Some(_) if !self.ruled => self.board.waiting_for("the traffic rules"),
             Some(_) if self.stage != Stage::Alone => self.board.waiting_for("the other flanneld to hand over"),
             Some(peers) if !self.ready => {
+                let peers = peers.len();
+                self.keep_file();
+                if self.file_is_due {
+                    self.board.waiting_for("the subnet file to be written");
+                    return;
+                }
                 self.ready = true;
-                self.write_subnet_file()?;
                 self.board.ready();
                 self.supervisor.borrow().tell_ready();
                 let subnets = self.lease.subnets.to_cidrs();
-                info!("ready: subnet {subnets}, {} peer(s)", peers.len());
+                info!("ready: subnet {subnets}, {peers} peer(s)");
             }
             Some(_) => {}
         }
-        Ok(())
+    }
+
+    /// Lets no more packets out: their source would be another host's.
+    fn let_go(&mut self) {
+        // The udp backend's device goes with it; routes in the kernel would stay.
+        if let Err(error) = self.backend.apply(&PeerSet::new()) {
+            warn!("{error}; packets may still leave with addresses of a subnet that is another host's");
+        }
     }
 
     fn notice(&mut self, changes: &[Change]) {
@@ -469,27 +595,21 @@ impl Run<'_> {
             self.backend.recheck();
         }
         let news = self.follow_interface()?;
-        if self.file_is_due {
-            // A full or read-only /run is no reason to stop what works.
-            match self.write_subnet_file() {
-                Ok(()) => {
-                    self.file.over();
-                    self.file_is_due = false;
-                }
-                Err(error) => drop(self.file.failed(&observe::chain(&error))),
-            }
+        if self.file_is_due && self.ready {
+            self.keep_file();
         }
         self.blackhole.keep(&mut self.kernel);
         self.apply()?;
         self.pace.looked(look, Instant::now());
-        if let Some(again) = self.again.take() {
-            self.pace.look_at(again);
-        }
         Ok(news)
     }
 
+    fn look_again_at(&mut self, then: Instant) {
+        self.again = Some(self.again.map_or(then, |again| again.min(then)));
+    }
+
     fn follow_interface(&mut self) -> Result<Option<LeaseValue>, Error> {
-        let now = match external::again(&mut self.kernel, &self.settings.external, &self.external) {
+        let now = match external::again(&mut self.kernel, &self.settings.external, &self.external, &self.first) {
             Ok(now) => now,
             Err(error) => {
                 // The pause is the kernel's next news.
@@ -505,7 +625,7 @@ impl Run<'_> {
         if now.address != self.external.address {
             let since = *self.away_since.get_or_insert(Instant::now());
             if since.elapsed() < AWAY {
-                self.again = Some(since + AWAY);
+                self.look_again_at(since + AWAY);
                 return Ok(None);
             }
         }
@@ -530,9 +650,6 @@ impl Run<'_> {
         let before = std::mem::replace(&mut self.external, now);
         self.board.external(&self.external);
         self.tell_of_backend();
-        if self.external.address != before.address && self.stage == Stage::Alone {
-            park(&*self.backend, &self.supervisor.borrow());
-        }
         if self.backend.mtu() != mtu && self.ready {
             self.file_is_due = true;
             warn!(
@@ -555,7 +672,22 @@ impl Run<'_> {
         }
     }
 
-    fn write_subnet_file(&self) -> Result<(), Error> {
+    /// Writes the subnet file, later again if that fails: a full or read-only /run is no reason to stop what works.
+    fn keep_file(&mut self) {
+        match self.write_subnet_file() {
+            Ok(()) => {
+                self.file.over();
+                self.file_is_due = false;
+            }
+            Err(error) => {
+                self.file_is_due = true;
+                let pause = self.file.failed(&observe::chain(&error));
+                self.look_again_at(Instant::now() + pause);
+            }
+        }
+    }
+
+    fn write_subnet_file(&self) -> Result<(), WriteError> {
         let subnets = self.lease.subnets;
         let file = SubnetFile {
             ipv4: self.network.ipv4().map(|plan| Share {
@@ -569,8 +701,13 @@ impl Run<'_> {
             mtu: self.backend.mtu(),
             ip_masq: self.settings.rules.masquerade,
         };
-        file.write_atomically(&self.settings.subnet_file)?;
-        info!("wrote {}", self.settings.subnet_file.display());
+        let path = &self.settings.subnet_file;
+        match file.write_atomically(path) {
+            Ok(()) => info!("wrote {}", path.display()),
+            // As after a restart.
+            Err(error) if file.is_at(path) => warn!("{error}; but it says already what it has to"),
+            Err(error) => return Err(error),
+        }
         Ok(())
     }
 }
@@ -621,14 +758,6 @@ async fn predecessor(settings: &Settings) -> Result<Option<Predecessor>, heir::E
     Ok(found)
 }
 
-/// Puts what packets are carried through into the supervisor's store.
-fn park(backend: &dyn Backend, supervisor: &Supervisor) {
-    match backend.descriptors() {
-        Ok(descriptors) => supervisor.park(&descriptors),
-        Err(error) => warn!("cannot copy descriptors for the supervisor's store, so that a restart will lose packets: {error}"),
-    }
-}
-
 /// What an earlier run has written into the subnet file.
 fn previous(settings: &Settings) -> Previous {
     Previous::read(&settings.subnet_file).unwrap_or_else(|error| {
@@ -639,17 +768,17 @@ fn previous(settings: &Settings) -> Previous {
 }
 
 /// Waits for a configuration; an invalid one is an error at once.
-async fn configuration(registry: &dyn Registry) -> Result<Network, Error> {
+async fn configuration(registry: &dyn Registry) -> Result<(Network, String), Error> {
     let mut outage = Outage::of("reading the network's configuration");
     let mut missing_said = false;
     loop {
-        match network::load(registry).await {
-            Ok(parsed) => {
+        match network::load_with_text(registry).await {
+            Ok((parsed, text)) => {
                 outage.over();
                 for warning in &parsed.warnings {
                     warn!("{warning}");
                 }
-                return Ok(parsed.network);
+                return Ok((parsed.network, text));
             }
             Err(missing @ LoadError::Missing { .. }) => {
                 outage.over();
@@ -688,13 +817,27 @@ fn warn_of_overlap(network: &Network, external: &External) {
     }
 }
 
+/// Containers keep their addresses until somebody gives them others.
+fn warn_of_renumbering(settings: &Settings, previous: &Previous, own: &Own) {
+    let now = own.lease.subnets.v4();
+    if let Some(before) = previous.subnet
+        && before != now
+    {
+        warn!(
+            "this host's subnet is {now}, and was {before} in the run before: containers are cut off until Docker, or what else \
+             reads {}, is started again",
+            settings.subnet_file.display()
+        );
+    }
+}
+
 fn backend_of(
     network: &Network,
     external: &External,
     overlays: &Overlays,
     settings: &Settings,
     left: Descriptors,
-    failures: mpsc::UnboundedSender<String>,
+    failures: mpsc::UnboundedSender<Failure>,
 ) -> Result<Box<dyn Backend>, backend::Error> {
     let kind = network.backend().kind();
     if network.ipv6().is_some() && kind != BackendKind::Udp {
@@ -756,24 +899,17 @@ async fn claim_after_others(
 
 /// Takes this host's lease, or goes on with that of the daemon `before`, as long as it takes the registry to answer.
 async fn lease(
-    settings: &Settings,
+    registry: &dyn Registry,
     network: &Network,
-    external: &External,
-    backend: &dyn Backend,
+    value: &LeaseValue,
     previous: &Previous,
     before: Option<&Predecessor>,
 ) -> Result<Own, Error> {
-    let value = LeaseValue {
-        public_ipv6: settings.public_ipv6,
-        backend_type: backend.kind().into(),
-        backend_data: backend.data(),
-        ..LeaseValue::new(external.public_ip)
-    };
     let mut outage = Outage::of("taking a lease");
     loop {
         let taken = match before {
-            None => acquire::acquire(&*settings.registry, network, &value, previous).await,
-            Some(before) => match acquire::go_on(&*settings.registry, before.subnets(), &value).await {
+            None => acquire::acquire(registry, network, value, previous).await,
+            Some(before) => match acquire::go_on(registry, before.subnets(), value).await {
                 Ok(None) => return Err(before.lost_its_lease().into()),
                 Ok(Some(own)) => Ok(own),
                 Err(error) => Err(error.into()),
@@ -792,10 +928,20 @@ async fn lease(
     }
 }
 
-/// `time`: what the lease's life hangs on, and how much of it there is.
-async fn keep_lease(registry: &dyn Registry, time: Option<(TtlId, Duration)>, margin: Duration, board: &Board) {
-    if let Some((ttl, left)) = time {
-        keep::keep(registry, ttl, left, margin, |left| board.renewed(left)).await;
+/// `left`: how much time the lease has; `None`: it is a reservation.
+async fn keep_lease(
+    registry: &dyn Registry,
+    holding: &Holding,
+    left: Option<Duration>,
+    margin: Duration,
+    board: &Board,
+) {
+    if let Some((ttl, left)) = holding.now().lease.ttl.zip(left) {
+        keep::keep(registry, ttl, left, margin, |left| {
+            board.renewed(left);
+            holding.renewed(left);
+        })
+        .await;
     }
     // A reservation needs no keeping; of a lease that ran out the watch tells.
     pending().await
@@ -808,10 +954,23 @@ async fn withdraw(claims: Vec<Arc<Presence>>) {
     }
 }
 
+/// How far the claim to the PublicIP is.
+enum Claiming {
+    /// Still to be made: the registry did not answer.
+    Wanted(Ipv4Addr),
+    /// Made; `None` where the registry does not let us.
+    Done(Option<Arc<Presence>>),
+}
+
 /// Keeps the claim for as long as this is awaited; returns when another daemon has it.
-async fn keep_presence(presence: Option<Arc<Presence>>) -> ClaimError {
-    match presence {
-        Some(presence) => presence.keep().await,
-        None => pending().await,
+async fn keep_presence(registry: &Arc<dyn Registry>, claims: &Claims, claiming: Claiming) -> Error {
+    let claimed = match claiming {
+        Claiming::Wanted(public_ip) => claim(registry, public_ip, claims).await,
+        Claiming::Done(claimed) => Ok(claimed),
+    };
+    match claimed {
+        Ok(Some(presence)) => presence.keep().await.into(),
+        Ok(None) => pending().await,
+        Err(error) => error,
     }
 }

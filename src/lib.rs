@@ -35,6 +35,7 @@ pub mod cli;
 pub mod daemon;
 pub mod doctor;
 pub mod engine;
+mod files;
 pub mod handover;
 mod json;
 pub mod kernel;

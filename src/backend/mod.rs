@@ -71,6 +71,11 @@ pub trait Backend: Send {
         Ok(Descriptors::default())
     }
 
+    /// Changes whenever the descriptors are others than before.
+    fn generation(&self) -> u64 {
+        0
+    }
+
     /// Goes on counting from what the process before has counted; only while no packets are carried.
     fn count_from(&mut self, before: &Counts);
 

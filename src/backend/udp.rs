@@ -10,16 +10,17 @@ use std::{
     os::fd::{AsFd, OwnedFd},
     sync::{Arc, Mutex, PoisonError},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+use arc_swap::ArcSwap;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::{info, warn};
 
 use crate::{
     engine::{
-        Engine, IcmpSource, Observer, Offloads, Parts, Sockets,
+        Engine, Failure, IcmpSource, Observer, Offloads, Parts, Sockets,
         admission::{self, Admission},
         io::Way,
         peers::PeerIds,
@@ -58,6 +59,10 @@ const MOST_DEFAULT_WORKERS: usize = 16;
 
 /// The way to move packets that is the better one where the kernel has both: the benchmark decides.
 const BEST_WAY: Way = Way::Mmsg;
+
+/// How long a device lives at least before it is made again when somebody removes it: who does so each time must not keep this
+/// host busy.
+const LIFETIME: Duration = Duration::from_secs(1);
 
 /// How the TUN device is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -107,28 +112,42 @@ pub struct Udp {
     mtu: u32,
     routes: Routes,
     peers: Arc<Mutex<PeerIds>>,
-    failures: UnboundedSender<String>,
-    /// For each worker.
+    failures: UnboundedSender<Failure>,
+    /// Each worker's. They outlive the engine: what comes while another one is made waits in them.
     sockets: Vec<Sockets>,
     /// A device's queues that an earlier process has left.
     left: Vec<OwnedFd>,
     /// Whether that process uses them still.
     shared: bool,
-    started: Option<Started>,
+    /// What it was started with.
+    started: Option<(Network, Lease)>,
+    /// `None` also while it cannot be made again.
+    device: Option<Device>,
+    /// Whether packets are to be carried.
+    carrying: bool,
     engine: Option<Engine>,
+    /// Where the workers count, on which those of the next engine go on.
+    observer: Option<Observer>,
+    repairs: Repairs,
+    /// What is told, of the engine that runs or of the last one that did.
+    facts: Option<Arc<ArcSwap<Facts>>>,
+    /// How often the descriptors have changed.
+    generation: u64,
     /// Whether others may have changed the device.
     unsure: bool,
     trouble: Outage,
+    /// How long to wait before what did not work is tried again.
+    again_after: Option<Duration>,
 }
 
 /// What there is once the device is set up.
-struct Started {
-    network: Network,
-    own: Lease,
-    /// The device goes with its last queue.
-    device: Tun,
+struct Device {
+    /// It goes with its last queue.
+    tun: Tun,
     index: u32,
     tun_offload: TunOffload,
+    /// When it was made.
+    since: Instant,
     facts: Arc<Facts>,
 }
 
@@ -143,7 +162,7 @@ impl Udp {
         configuration: network::Udp,
         options: Options,
         left: Descriptors,
-        failures: UnboundedSender<String>,
+        failures: UnboundedSender<Failure>,
     ) -> Result<Self, Error> {
         let mtu = mtu_over(external)?;
         let workers = match (options.tun, options.workers) {
@@ -179,14 +198,21 @@ impl Udp {
             left: left.queues,
             shared: left.shared,
             started: None,
+            device: None,
+            carrying: false,
             engine: None,
+            observer: None,
+            repairs: Repairs::default(),
+            facts: None,
+            generation: 0,
             unsure: false,
             trouble: Outage::of("looking after the TUN device"),
+            again_after: None,
         })
     }
 
     /// The device that was left, if it fits, or else a new one.
-    fn device(&mut self, kernel: &mut Kernel, own: &Lease) -> Result<(Tun, TunOffload), Error> {
+    fn take_device(&mut self, kernel: &mut Kernel, own: &Lease) -> Result<(Tun, TunOffload), Error> {
         let left = std::mem::take(&mut self.left);
         if !left.is_empty() {
             match udp_device::adopt(kernel, left, &self.options, self.workers, own) {
@@ -225,7 +251,7 @@ impl Udp {
     }
 
     fn say_up(&self) {
-        let Some(Started { own, facts, .. }) = &self.started else {
+        let (Some((_, own)), Some(Device { facts, .. })) = (&self.started, &self.device) else {
             return;
         };
         info!(
@@ -254,64 +280,22 @@ impl Backend for Udp {
     }
 
     fn start(&mut self, network: &Network, own: &Lease) -> Result<(), Error> {
-        let mut kernel = Kernel::open()?;
-        let (device, tun_offload) = self.device(&mut kernel, own)?;
-        let index = udp_device::configure(&mut kernel, &device.name, self.mtu, &self.external, network, own)?;
-        let (way, refused) = choose_way(self.options.io, uring::probe);
-        if let Some(reason) = refused {
-            warn!("cannot use io_uring: {reason}; packets are moved with system calls (--io=mmsg) instead");
-        }
-        let facts = Arc::new(Facts {
-            device: device.name.clone(),
-            mtu: self.mtu,
-            way,
-            options: self.options,
-            observer: Observer::new(&self.sockets, self.offloads(tun_offload), &[]),
-            peers: Arc::clone(&self.peers),
-            repairs: Repairs::default(),
-        });
-        self.started = Some(Started {
-            network: network.clone(),
-            own: own.clone(),
-            device,
-            index,
-            tun_offload,
-            facts,
-        });
-        self.say_up();
-        Ok(())
+        self.started = Some((network.clone(), own.clone()));
+        self.make(network, own)
     }
 
     fn resume(&mut self) -> Result<(), Error> {
-        let (None, Some(started)) = (&self.engine, &self.started) else {
-            return Ok(());
-        };
-        let parts = Parts {
-            queues: started.device.queues.clone(),
-            observer: started.facts.observer.clone(),
-            routes: self.routes.clone(),
-            admission: Admission::new(
-                source_check(self.configuration.source_check),
-                started.own.subnets.nets(),
-            ),
-            icmp_source: icmp_source(&started.own),
-            way: started.facts.way,
-            pin: self.options.pin,
-            busy_poll: self.options.busy_poll,
-        };
-        let failures = self.failures.clone();
-        // Nobody listens any more when the daemon is ending.
-        let engine = Engine::start(parts, move |reason| drop(failures.send(reason))).map_err(Error::Engine)?;
-        self.engine = Some(engine);
-        Ok(())
+        self.carrying = true;
+        self.start_engine()
     }
 
     fn pause(&mut self) {
+        self.carrying = false;
         self.engine = None;
     }
 
     fn descriptors(&self) -> io::Result<Descriptors> {
-        let queues = self.started.iter().flat_map(|started| &started.device.queues);
+        let queues = self.device.iter().flat_map(|device| &device.tun.queues);
         let queues: io::Result<_> = queues.map(|queue| queue.as_fd().try_clone_to_owned()).collect();
         let ports = self.sockets.first().map_or(0, |sockets| sockets.len());
         let by_port = (0..ports).flat_map(|port| self.sockets.iter().map(move |sockets| &sockets[port]));
@@ -323,20 +307,21 @@ impl Backend for Udp {
         })
     }
 
+    fn generation(&self) -> u64 {
+        self.generation
+    }
+
     fn count_from(&mut self, before: &Counts) {
-        let Some(started) = &mut self.started else { return };
         let workers: Vec<WorkerSnapshot> = before.workers.iter().map(worker_before).collect();
-        let observer = Observer::new(&self.sockets, started.facts.observer.offloads(), &workers);
+        let offloads = self.observer.as_ref().map(Observer::offloads).unwrap_or_default();
+        let observer = Observer::new(&self.sockets, offloads, &workers);
         let mut ids = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
         for (host, traffic) in &before.peers {
             observer.add_peer(&peer_before(ids.id(*host), traffic));
         }
         drop(ids);
-        started.facts.repairs.count_from(&before.repairs);
-        started.facts = Arc::new(Facts {
-            observer,
-            ..(*started.facts).clone()
-        });
+        self.repairs.count_from(&before.repairs);
+        self.observe(observer);
     }
 
     fn apply(&mut self, peers: &PeerSet) -> Result<(), Error> {
@@ -357,11 +342,11 @@ impl Backend for Udp {
     }
 
     fn notice(&mut self, changes: &[Change]) -> bool {
-        let Some(started) = &self.started else { return false };
-        let overlay = started.network.ipv4();
+        let Some(device) = &self.device else { return false };
+        let overlay = self.started.as_ref().and_then(|(network, _)| network.ipv4());
         self.unsure |= changes.iter().any(|change| match change {
-            Change::Link { name, .. } => *name == started.facts.device,
-            Change::Address { link, .. } => *link == started.index,
+            Change::Link { index, .. } => *index == device.index,
+            Change::Address { link, .. } => *link == device.index,
             Change::Route { found, gone } => {
                 *gone && overlay.is_some_and(|plan| found.route.to == IpNet::V4(plan.network()))
             }
@@ -375,6 +360,10 @@ impl Backend for Udp {
         self.unsure = true;
     }
 
+    fn recheck_after(&self) -> Option<Duration> {
+        self.again_after
+    }
+
     /// Another address needs other sockets, and so other workers: packets wait in the device until these run.
     fn adapt(&mut self, external: &External) -> Result<(), Error> {
         let mtu = mtu_over(external)?;
@@ -384,31 +373,30 @@ impl Backend for Udp {
             Some(udp_sockets::bind_on(external, &self.configuration, self.workers, Vec::new())?)
         };
         if mtu != self.mtu
-            && let Some(started) = &mut self.started
+            && let Some(device) = &mut self.device
         {
             let mut kernel = Kernel::open()?;
-            if let Some(link) = kernel.links()?.iter().find(|link| link.name == started.device.name) {
-                kernel.set_mtu(link.index, mtu)?;
+            if kernel.links()?.iter().any(|link| link.index == device.index) {
+                kernel.set_mtu(device.index, mtu)?;
             }
-            started.facts = Arc::new(Facts {
+            device.facts = Arc::new(Facts {
                 mtu,
-                ..(*started.facts).clone()
+                ..(*device.facts).clone()
             });
+            let facts = Arc::clone(&device.facts);
+            self.tell(&facts);
         }
         self.external = external.clone();
         self.mtu = mtu;
         if let Some(sockets) = sockets {
-            self.exchange(sockets).inspect_err(|error| {
-                // There is no way back: the daemon ends, and its supervisor tries again.
-                drop(self.failures.send(error.to_string()));
-            })?;
+            self.exchange(sockets);
         }
         Ok(())
     }
 
     fn report(&self) -> Option<Report> {
-        let facts = Arc::clone(&self.started.as_ref()?.facts);
-        Some(Arc::new(move || facts.report()))
+        let facts = Arc::clone(self.facts.as_ref()?);
+        Some(Arc::new(move || facts.load().report()))
     }
 }
 
@@ -419,50 +407,165 @@ impl Drop for Udp {
 }
 
 impl Udp {
-    /// Goes on with other sockets; what has come to those before is carried first.
-    fn exchange(&mut self, sockets: Vec<Sockets>) -> Result<(), Error> {
-        let was_running = self.engine.is_some();
-        self.pause();
-        self.sockets = sockets;
-        let Some(tun_offload) = self.started.as_ref().map(|started| started.tun_offload) else {
+    /// Makes the device, or takes the one that was left, and lets the engine run on it if it is to run.
+    fn make(&mut self, network: &Network, own: &Lease) -> Result<(), Error> {
+        let mut kernel = Kernel::open()?;
+        let (tun, tun_offload) = self.take_device(&mut kernel, own)?;
+        let index = udp_device::configure(&mut kernel, &tun.name, self.mtu, &self.external, network, own)?;
+        let (way, refused) = choose_way(self.options.io, uring::probe);
+        if let Some(reason) = refused {
+            warn!("cannot use io_uring: {reason}; packets are moved with system calls (--io=mmsg) instead");
+        }
+        let offloads = self.offloads(tun_offload);
+        let observer = match &self.observer {
+            Some(before) => before.on_others(&self.sockets, offloads),
+            None => Observer::new(&self.sockets, offloads, &[]),
+        };
+        let facts = Arc::new(Facts {
+            device: tun.name.clone(),
+            mtu: self.mtu,
+            way,
+            options: self.options,
+            observer: observer.clone(),
+            peers: Arc::clone(&self.peers),
+            repairs: self.repairs.clone(),
+        });
+        self.device = Some(Device {
+            tun,
+            index,
+            tun_offload,
+            since: Instant::now(),
+            facts,
+        });
+        self.generation += 1;
+        self.observe(observer);
+        self.say_up();
+        self.start_engine()
+    }
+
+    /// Lets the workers run, if they are to run and do not yet.
+    fn start_engine(&mut self) -> Result<(), Error> {
+        let (true, None, Some((_, own)), Some(device)) = (self.carrying, &self.engine, &self.started, &self.device)
+        else {
             return Ok(());
         };
-        let offloads = self.offloads(tun_offload);
-        if let Some(started) = &mut self.started {
-            started.facts = Arc::new(Facts {
-                observer: started.facts.observer.on_others(&self.sockets, offloads),
-                ..(*started.facts).clone()
-            });
-        }
-        if was_running {
-            self.resume()?;
-        }
-        self.say_up();
+        let parts = Parts {
+            queues: device.tun.queues.clone(),
+            sockets: self.sockets.clone(),
+            observer: device.facts.observer.clone(),
+            routes: self.routes.clone(),
+            admission: Admission::new(source_check(self.configuration.source_check), own.subnets.nets()),
+            icmp_source: icmp_source(own),
+            way: device.facts.way,
+            pin: self.options.pin,
+            busy_poll: self.options.busy_poll,
+        };
+        let failures = self.failures.clone();
+        // Nobody listens any more when the daemon is ending.
+        let engine = Engine::start(parts, move |failure| drop(failures.send(failure))).map_err(Error::Engine)?;
+        self.engine = Some(engine);
         Ok(())
     }
 
-    /// Looks whether the device is still as it was set up, if that is not certain.
-    fn look_after_device(&mut self) {
-        let (true, Some(started)) = (self.unsure, &self.started) else {
+    /// Goes on with other sockets; what has come to those before is carried first.
+    fn exchange(&mut self, sockets: Vec<Sockets>) {
+        self.engine = None;
+        let before = std::mem::replace(&mut self.sockets, sockets);
+        self.generation += 1;
+        let Some(tun_offload) = self.device.as_ref().map(|device| device.tun_offload) else {
             return;
         };
-        let Started { network, own, .. } = started;
-        let Facts { device, repairs, .. } = &*started.facts;
-        let looked = Kernel::open()
-            .and_then(|mut kernel| udp_device::put_right(&mut kernel, device, self.mtu, network, own, repairs));
-        match looked {
+        let offloads = self.offloads(tun_offload);
+        if let Some(observer) = &self.observer {
+            self.observe(observer.on_others(&self.sockets, offloads));
+        }
+        // Asked a last time what it has dropped.
+        drop(before);
+        self.say_up();
+        // Tried again, with all the rest, if the system does not let it.
+        if let Err(error) = self.start_engine() {
+            self.again_after = Some(self.trouble.failed(&chain(&error)));
+            self.unsure = true;
+        }
+    }
+
+    /// Tells of what these workers count.
+    fn observe(&mut self, observer: Observer) {
+        self.observer = Some(observer.clone());
+        if let Some(device) = &mut self.device {
+            device.facts = Arc::new(Facts {
+                observer,
+                ..(*device.facts).clone()
+            });
+            let facts = Arc::clone(&device.facts);
+            self.tell(&facts);
+        }
+    }
+
+    /// Looks whether the device is still as it was set up, if that is not certain, and makes it again if it is gone.
+    fn look_after_device(&mut self) {
+        let Some((network, own)) = self.started.clone() else {
+            return;
+        };
+        if self.device.is_some() && !self.unsure {
+            return;
+        }
+        self.again_after = None;
+        match self.put_right(&network, &own) {
             Ok(()) => {
-                self.unsure = false;
+                self.unsure = self.again_after.is_some();
                 self.trouble.over();
             }
-            // The next news, or the next full look, tries again.
-            Err(error) => drop(self.trouble.failed(&chain(&error))),
+            Err(error) => self.again_after = Some(self.trouble.failed(&chain(&error))),
+        }
+    }
+
+    fn put_right(&mut self, network: &Network, own: &Lease) -> Result<(), Error> {
+        if let Some(device) = &self.device {
+            let mut kernel = Kernel::open()?;
+            let name = &device.tun.name;
+            if udp_device::put_right(
+                &mut kernel,
+                device.index,
+                name,
+                self.mtu,
+                network,
+                own,
+                &self.repairs,
+            )? {
+                return self.start_engine();
+            }
+            if let Some(left) = LIFETIME.checked_sub(device.since.elapsed()) {
+                self.again_after = Some(left);
+                return Ok(());
+            }
+            warn!(
+                "the TUN device {name} was removed: making it again, as packets are lost without it; to be rid of it, stop \
+                 this daemon"
+            );
+            self.repairs.count("device");
+        }
+        self.stop();
+        self.make(network, own)
+    }
+
+    /// Ends the engine, and with it the device.
+    fn stop(&mut self) {
+        self.tell_counters();
+        self.engine = None;
+        self.device = None;
+    }
+
+    fn tell(&mut self, facts: &Arc<Facts>) {
+        match &self.facts {
+            Some(told) => told.store(Arc::clone(facts)),
+            None => self.facts = Some(Arc::new(ArcSwap::new(Arc::clone(facts)))),
         }
     }
 
     /// What the engine has done, for the log.
     fn tell_counters(&self) {
-        let Some(Started { facts, .. }) = &self.started else {
+        let Some(Device { facts, .. }) = &self.device else {
             return;
         };
         let device = &facts.device;

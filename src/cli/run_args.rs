@@ -19,6 +19,7 @@ use crate::{
     backend::udp::{self, IoMode, TunMode},
     daemon::Settings,
     kernel::external::Wish,
+    lease::remembered::{self, Memory},
     observe::socket,
     registry::Registry,
     rules,
@@ -94,6 +95,11 @@ pub struct RunArgs {
         help_heading = "Subnet"
     )]
     pub subnet_file: PathBuf,
+
+    /// Where to remember configuration and leases, for a start while etcd is away (default: beside the subnet file, as in
+    /// /run/flannel/subnet.state)
+    #[arg(long, env = "FLANNELD_STATE_FILE", value_name = "FILE", help_heading = "Subnet")]
+    pub state_file: Option<PathBuf>,
 
     /// Renew the lease this many minutes before it runs out, 1 to 1439
     #[arg(
@@ -295,6 +301,10 @@ impl RunArgs {
             },
             public_ipv6: self.public_ipv6,
             status_socket: self.status_socket.unwrap_or_else(|| socket::beside(&self.subnet_file)),
+            memory: Memory::new(
+                self.state_file
+                    .unwrap_or_else(|| remembered::beside(&self.subnet_file)),
+            ),
             subnet_file: self.subnet_file,
             renew_margin: self.subnet_lease_renew_margin,
             health: (self.healthz_port != 0).then(|| SocketAddr::new(self.healthz_ip, self.healthz_port)),

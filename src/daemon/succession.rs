@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 
 use tracing::{info, warn};
 
-use super::{Claims, Error, Run, doors::Doors, park};
+use super::{Claims, Error, Run, doors::Doors};
 use crate::{
     backend::Descriptors,
     handover::{
@@ -43,10 +43,23 @@ impl Run<'_> {
     }
 
     /// The other daemon is gone.
-    pub(super) fn is_alone(&mut self) -> Result<(), Error> {
+    pub(super) fn is_alone(&mut self) {
         self.stage = Stage::Alone;
-        park(&*self.backend, &self.supervisor.borrow());
-        self.become_ready()
+        self.park();
+        self.become_ready();
+    }
+
+    /// Lets the supervisor keep what packets are carried through, if that is not what it keeps already.
+    pub(super) fn park(&mut self) {
+        let generation = self.backend.generation();
+        if self.stage != Stage::Alone || Some(generation) == self.parked {
+            return;
+        }
+        self.parked = Some(generation);
+        match self.backend.descriptors() {
+            Ok(descriptors) => self.supervisor.borrow().park(&descriptors),
+            Err(error) => warn!("cannot copy descriptors for the supervisor, so that a restart will lose packets: {error}"),
+        }
     }
 
     /// What a new daemon would go on with, or why it cannot just now.
@@ -68,7 +81,7 @@ impl Run<'_> {
             descriptors.push((Kind::Claim, handed.alive));
             handed.instance
         });
-        self.offered = Some((self.external.clone(), self.lease.clone()));
+        self.offered = Some((self.backend.generation(), self.lease.clone()));
         Ok(Offering {
             offer: Offer {
                 hello: Hello::own(),
@@ -96,9 +109,8 @@ impl Run<'_> {
         doors: &mut Doors,
         claims: &Claims,
     ) -> Result<bool, Error> {
-        let offered = self.offered.as_ref();
-        if offered != Some(&(self.external.clone(), self.lease.clone())) {
-            let reason = "this host's address has changed meanwhile: try again".to_owned();
+        if self.offered != Some((self.backend.generation(), self.lease.clone())) {
+            let reason = "this host's lease, address or device has changed meanwhile: try again".to_owned();
             warn!("not handing over: {reason}");
             heir.take_back(reason).await;
             return Ok(false);

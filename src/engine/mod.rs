@@ -23,7 +23,7 @@ use std::{
     fmt,
     io::Result,
     net::{Ipv4Addr, Ipv6Addr, UdpSocket},
-    sync::Arc,
+    sync::{Arc, Weak},
     thread::{self, JoinHandle},
     time::Duration,
 };
@@ -50,7 +50,9 @@ use worker::{Setup, Worker};
 pub struct Parts {
     /// One for each worker. Whoever else keeps it, keeps the device.
     pub queues: Vec<Arc<TunQueue>>,
-    /// The workers' sockets, and what they count.
+    /// One for each worker. Whoever else keeps them open has what comes while no engine runs.
+    pub sockets: Vec<Sockets>,
+    /// Where the workers count, made for these sockets.
     pub observer: Observer,
     /// Where packets go; published to from outside while the engine runs.
     pub routes: Routes,
@@ -114,6 +116,15 @@ enum Command {
     Stop,
 }
 
+/// Why a worker has ended by itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Failure {
+    /// Its device is gone. Another one needs another engine.
+    DeviceGone,
+    /// What cannot be mended.
+    Broken(String),
+}
+
 /// A running engine. Dropping it stops it: what the workers have taken from the kernel is carried to its end, and nothing more is
 /// taken.
 pub struct Engine {
@@ -141,8 +152,8 @@ pub struct Observer {
 #[derive(Debug, Clone)]
 struct Observed {
     counters: Arc<Counters>,
-    /// Asked what they have dropped.
-    sockets: Sockets,
+    /// The worker's, to ask the tunnel's own what it has dropped; not kept open by that.
+    sockets: Weak<[UdpSocket]>,
     /// What those before them had dropped.
     overflow_before: u64,
 }
@@ -153,7 +164,7 @@ impl Engine {
     ///
     /// # Errors
     /// When the system gives no thread, processor, poller, ring or raw socket.
-    pub fn start(parts: Parts, on_failure: impl Fn(String) + Send + Clone + 'static) -> Result<Self> {
+    pub fn start(parts: Parts, on_failure: impl Fn(Failure) + Send + Clone + 'static) -> Result<Self> {
         let count = parts.queues.len();
         let Observer {
             workers,
@@ -165,14 +176,15 @@ impl Engine {
         let mut engine = Self {
             workers: Vec::with_capacity(count),
         };
-        for (index, (queue, observed)) in parts.queues.into_iter().zip(workers).enumerate() {
+        let pairs = parts.queues.into_iter().zip(parts.sockets);
+        for (index, ((queue, sockets), observed)) in pairs.zip(workers).enumerate() {
             let setup = Setup {
                 routes: parts.routes.clone(),
                 admission: parts.admission,
                 icmp_source: parts.icmp_source,
                 offloads,
                 // At most 64, by the configuration.
-                sources: observed.sockets.len() as u8,
+                sources: sockets.len() as u8,
                 busy_poll: parts.busy_poll,
                 sharers: count,
                 counters: observed.counters,
@@ -183,7 +195,7 @@ impl Engine {
             let start = Start {
                 index,
                 queue,
-                sockets: observed.sockets,
+                sockets,
                 setup,
                 // More workers than processors take turns on them.
                 processor: processors.get(index % processors.len().max(1)).copied(),
@@ -223,9 +235,9 @@ impl Observer {
             }
             Observed {
                 counters: Arc::new(counters),
-                // A socket that went through the engine's end has not forgotten what it has dropped.
+                // A socket has not forgotten what it has dropped for the engine before.
                 overflow_before: overflow.saturating_sub(dropped(sockets)),
-                sockets: Arc::clone(sockets),
+                sockets: Arc::downgrade(sockets),
             }
         });
         Self {
@@ -240,8 +252,8 @@ impl Observer {
     pub fn on_others(&self, sockets: &[Sockets], offloads: Offloads) -> Self {
         let workers = self.workers.iter().zip(sockets).map(|(worker, sockets)| Observed {
             counters: Arc::clone(&worker.counters),
-            overflow_before: worker.overflow_before + dropped(&worker.sockets),
-            sockets: Arc::clone(sockets),
+            overflow_before: (worker.overflow() + worker.overflow_before).saturating_sub(dropped(sockets)),
+            sockets: Arc::downgrade(sockets),
         });
         Self {
             workers: workers.collect(),
@@ -265,8 +277,7 @@ impl Observer {
     /// What the engine has done so far. No worker waits for it.
     pub fn snapshot(&self) -> Snapshot {
         let workers = self.workers.iter().map(|worker| {
-            let overflow = worker.overflow_before + dropped(&worker.sockets);
-            WorkerSnapshot::of(&worker.counters, overflow)
+            WorkerSnapshot::of(&worker.counters, worker.overflow_before + worker.overflow())
         });
         let merge = self.fallbacks.limit(crate::offload::Merge {
             tcp: self.offloads.tun_tcp,
@@ -282,6 +293,13 @@ impl Observer {
             },
             refusing_peers: self.fallbacks.refusing_peers(),
         }
+    }
+}
+
+impl Observed {
+    /// What its socket had no room for. One that is closed has nothing to tell.
+    fn overflow(&self) -> u64 {
+        self.sockets.upgrade().as_ref().map_or(0, dropped)
     }
 }
 
@@ -307,7 +325,7 @@ struct Start {
 fn work<I: Io>(
     start: Start,
     make: impl FnOnce(Arc<TunQueue>, Sockets) -> Result<(I, Bell)>,
-    on_failure: &impl Fn(String),
+    on_failure: &impl Fn(Failure),
 ) {
     let index = start.index;
     let panicked = PanicReport { on_failure, index };
@@ -318,7 +336,10 @@ fn work<I: Io>(
         Ok((io, bell)) => {
             drop(start.started.send(Ok(bell)));
             if let Err(reason) = Worker::new(io, start.setup).run(&start.inbox) {
-                on_failure(format!("worker {index} cannot go on: {reason}"));
+                on_failure(match reason.raw_os_error() {
+                    Some(libc::EBADFD) => Failure::DeviceGone,
+                    _ => Failure::Broken(format!("worker {index} cannot go on: {reason}")),
+                });
             }
         }
     }
@@ -357,16 +378,16 @@ impl Drop for Engine {
 }
 
 /// Reports a worker's panic: dropped only when the worker unwinds.
-struct PanicReport<'a, F: Fn(String)> {
+struct PanicReport<'a, F: Fn(Failure)> {
     on_failure: &'a F,
     index: usize,
 }
 
-impl<F: Fn(String)> Drop for PanicReport<'_, F> {
+impl<F: Fn(Failure)> Drop for PanicReport<'_, F> {
     fn drop(&mut self) {
-        (self.on_failure)(format!(
+        (self.on_failure)(Failure::Broken(format!(
             "worker {} panicked: this is a bug, please report it with the log",
             self.index
-        ));
+        )));
     }
 }

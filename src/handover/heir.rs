@@ -13,7 +13,7 @@ use super::{
 use crate::{
     backend::Descriptors,
     kernel::external::External,
-    lease::{presence::Handed, record::Subnets},
+    lease::{presence::Handed, record::Subnets, remembered::Remembered},
     network::Network,
     observe::status::Counts,
     supervisor::Supervisor,
@@ -209,11 +209,22 @@ impl Predecessor {
         }
     }
 
-    /// Looks whether one can go on where the other ends.
+    /// Looks whether one can go on where the other ends. `remembered`: what this one begins with if the registry does not answer.
     ///
     /// # Errors
     /// [`Error::Other`] when this one would have another address, subnet or backend.
-    pub fn fits(&self, network: &Network, external: &External) -> Result<(), Error> {
+    pub fn fits(
+        &self,
+        network: &Network,
+        external: &External,
+        remembered: Option<&Remembered>,
+    ) -> Result<(), Error> {
+        if remembered.is_some_and(|remembered| remembered.own.lease.subnets != self.subnets) {
+            return Err(self.other(format!(
+                "has the subnet {}, which is not the one that is remembered, and the registry does not answer",
+                self.subnets.to_cidrs()
+            )));
+        }
         let backend = network.backend().kind().name();
         if self.offer.backend != backend {
             return Err(self.other(format!(

@@ -4,11 +4,13 @@
 
 pub(crate) mod certificates;
 pub(crate) mod etcd;
+pub(crate) mod faults;
 pub(crate) mod flow;
 pub(crate) mod original;
 pub(crate) mod pair;
 pub(crate) mod plain_peer;
 pub(crate) mod programmed;
+pub(crate) mod relay;
 pub(crate) mod seccomp;
 pub(crate) mod stream;
 pub(crate) mod supervisor;
@@ -222,6 +224,13 @@ impl Daemon {
     pub(crate) fn with(mut self, flag: impl Into<String>) -> Daemon {
         self.flags.push(flag.into());
         self
+    }
+
+    /// With these flags in the place of those that were added.
+    pub(crate) fn set_flags(&mut self, flags: &[&str]) {
+        let last = self.flags.iter().rposition(|flag| flag.starts_with("--subnet-file="));
+        self.flags.truncate(last.map_or(0, |last| last + 1));
+        self.flags.extend(flags.iter().map(|&flag| flag.to_owned()));
     }
 
     /// With a kernel that refuses io_uring to it.
