@@ -320,9 +320,7 @@ impl View {
             Event::Put(record) if record.key == self.own.key() => return Some(Some(record)),
             Event::Put(record) => {
                 let lease = self.peer(&record);
-                let Some(subnets) = subnets_of(&record.key) else {
-                    return None;
-                };
+                let subnets = subnets_of(&record.key)?;
                 let known = self.peers.remove(&subnets);
                 match (lease, known) {
                     (Some(lease), known) => {
@@ -723,7 +721,11 @@ mod tests {
         let first = vec![record(2, 701), record(3, 702), record(4, 703)];
         let own = Lease::from_record(&record(1, 700)).unwrap();
         let mut watch = start_with(registry, own, Some(first));
-        let all = ["10.5.2.0-24@192.0.2.2", "10.5.3.0-24@192.0.2.3", "10.5.4.0-24@192.0.2.4"];
+        let all = [
+            "10.5.2.0-24@192.0.2.2",
+            "10.5.3.0-24@192.0.2.3",
+            "10.5.4.0-24@192.0.2.4",
+        ];
         watch.expect(&all).await;
         watch.expect_own().await;
         assert!(watch.holding.now().confirmed);
@@ -733,7 +735,11 @@ mod tests {
         watch.registry.put("subnets/10.5.2.0-24", &value(2)).await.unwrap();
         watch.registry.put("subnets/10.5.9.0-24", &value(3)).await.unwrap();
         watch
-            .expect(&["10.5.2.0-24@192.0.2.2", "10.5.4.0-24@192.0.2.4", "10.5.9.0-24@192.0.2.3"])
+            .expect(&[
+                "10.5.2.0-24@192.0.2.2",
+                "10.5.4.0-24@192.0.2.4",
+                "10.5.9.0-24@192.0.2.3",
+            ])
             .await;
         tokio::time::sleep(GRACE / 4).await;
         assert!(!watch.peers.has_changed().unwrap(), "time is not over yet");

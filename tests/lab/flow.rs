@@ -1,7 +1,11 @@
 //! Flows between two containers that must outlive whatever happens to the daemons: UDP of which no datagram may be lost, and a
 //! TCP connection.
 
-use super::{PATIENCE, inside, stream::Stream, traffic::new_port};
+use super::{
+    PATIENCE, inside,
+    stream::{Report, Stream},
+    traffic::new_port,
+};
 use flannel::lab::Container;
 use std::{
     io::{ErrorKind, Read, Write},
@@ -32,10 +36,11 @@ impl Flows {
         }
     }
 
-    /// Ends them, and fails the test if the connection did not hold; datagrams may have been lost.
-    pub(crate) fn finish(self) {
-        self.udp.finish();
+    /// Ends them, and fails the test if the connection did not hold; datagrams may have been lost: what came of them.
+    pub(crate) fn finish(self) -> Report {
+        let report = self.udp.finish();
         self.tcp.finish();
+        report
     }
 
     /// Ends them, and fails the test if a single datagram was lost or the connection did not hold.

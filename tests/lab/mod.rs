@@ -9,6 +9,7 @@ pub(crate) mod original;
 pub(crate) mod pair;
 pub(crate) mod plain_peer;
 pub(crate) mod programmed;
+pub(crate) mod proxy;
 pub(crate) mod seccomp;
 pub(crate) mod stream;
 pub(crate) mod traffic;
@@ -255,6 +256,22 @@ impl Daemon {
     /// Where its subnet file is.
     pub(crate) fn subnet_file(&self) -> PathBuf {
         self.dir.join(format!("{}.env", self.name))
+    }
+
+    /// Where it remembers what it knows.
+    pub(crate) fn state_file(&self) -> PathBuf {
+        self.dir.join(format!("{}.state", self.name))
+    }
+
+    /// Waits until it remembers this many peers.
+    pub(crate) fn wait_until_remembered(&self, peers: usize) {
+        let what = format!("{} to remember {peers} peers", self.name);
+        wait_until(PATIENCE, &what, || {
+            let text = fs::read_to_string(self.state_file()).unwrap_or_default();
+            let state: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+            state["Peers"].as_array().is_some_and(|known| known.len() == peers)
+        })
+        .unwrap();
     }
 
     /// The process of the run under way.
