@@ -6,7 +6,7 @@
 mod lab;
 
 use flannel::{
-    lab::{CONTAINER_BRIDGE, Host, HostOptions, wait_until},
+    lab::{CONTAINER_BRIDGE, Host, HostOptions, LabError, wait_for, wait_until},
     observe::status::Status,
 };
 use lab::{
@@ -56,11 +56,11 @@ fn assert_changes_are_seen<'a>(
     patience: Duration,
 ) {
     let (subnet, host) = (format!("10.5.{number}.0/24"), format!("192.168.77.{number}"));
-    server.etcdctl(&[
-        "put",
-        &key(&subnet),
-        &format!(r#"{{"PublicIP":"{host}","PublicIPv6":null}}"#),
-    ]);
+    let value = format!(r#"{{"PublicIP":"{host}","PublicIPv6":null}}"#);
+    wait_until(patience, "etcd to take a change", || {
+        server.try_etcdctl(&["put", &key(&subnet), &value]).is_ok()
+    })
+    .unwrap();
     for daemon in daemons {
         let told = || daemon.log().contains(&format!("peer {subnet} at {host}"));
         wait_until(patience, &format!("all to learn of {subnet}"), told).unwrap();
@@ -123,18 +123,25 @@ fn assert_no_peer_was_lost(overlay: &Overlay) {
 
 // Members that fail.
 
-/// The server that leads the cluster, and the members' identifiers.
+/// The server that leads the cluster, once all agree on it, and the members' identifiers.
 fn leader(servers: &[EtcdServer]) -> (usize, Vec<u64>) {
-    let statuses: Vec<serde_json::Value> = servers
-        .iter()
-        .map(|server| serde_json::from_str(&server.etcdctl(&["endpoint", "status", "-w", "json"])).unwrap())
-        .collect();
-    let ids: Vec<u64> = statuses
-        .iter()
-        .map(|status| status[0]["Status"]["header"]["member_id"].as_u64().unwrap())
-        .collect();
-    let leads = statuses[0][0]["Status"]["leader"].as_u64().unwrap();
-    (ids.iter().position(|id| *id == leads).expect("it has a leader"), ids)
+    let status = |server: &EtcdServer| -> Option<(u64, u64)> {
+        let told = server.try_etcdctl(&["endpoint", "status", "-w", "json"]).ok()?;
+        let told: serde_json::Value = serde_json::from_str(&told).ok()?;
+        let status = &told[0]["Status"];
+        Some((status["header"]["member_id"].as_u64()?, status["leader"].as_u64()?))
+    };
+    wait_for(PATIENCE, "the cluster to have a leader", || {
+        let Some(told) = servers.iter().map(status).collect::<Option<Vec<_>>>() else {
+            return Ok::<_, LabError>(None);
+        };
+        let leads = told[0].1;
+        let agreed = told.iter().all(|(_, other)| *other == leads);
+        let ids: Vec<u64> = told.iter().map(|(id, _)| *id).collect();
+        let number = ids.iter().position(|id| *id == leads);
+        Ok(number.filter(|_| agreed).map(|number| (number, ids)))
+    })
+    .unwrap()
 }
 
 #[test]
@@ -162,7 +169,12 @@ fn a_cluster_that_loses_members_and_leaders_costs_no_packet_and_no_lease() {
     for number in 0..3 {
         let (leads, ids) = leader(&servers);
         let next = (leads + 1) % 3;
-        servers[leads].etcdctl(&["move-leader", &format!("{:x}", ids[next])]);
+        wait_until(PATIENCE, "the leader to hand over", || {
+            servers[leads]
+                .try_etcdctl(&["move-leader", &format!("{:x}", ids[next])])
+                .is_ok()
+        })
+        .unwrap();
         assert_changes_are_seen(&servers[leads], 210 + number, &overlay.daemons, PATIENCE);
     }
     let (leads, _) = leader(&servers);

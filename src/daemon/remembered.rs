@@ -14,10 +14,10 @@ use crate::{
     registry::Registry,
 };
 
-/// How long the registry is waited for before the start goes on from what was last known: an etcd that elects a leader, or is
-/// started together with this daemon, takes 2 s, and packets wait all the while. Nothing is lost when it answers later: what is
-/// known then is what was remembered, or is put right.
-const PATIENCE: Duration = Duration::from_secs(3);
+/// How long the registry is waited for before the start goes on from what was last known. A healthy one answers in milliseconds,
+/// and packets wait all the while. Nothing is lost when one that is slow, or elects a leader, answers a moment later: what it
+/// says then is what was remembered, or is put right.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What a run begins with.
 pub(super) struct Beginning {
@@ -79,9 +79,10 @@ impl Unverified {
     /// Says so, on the board too.
     pub(super) fn begin(registry: &dyn Registry, remembered: &Remembered, board: &Board) -> Self {
         let text = format!(
-            "started from the leases as they were {:.0?} ago, because {} did not answer",
+            "started from the leases as they were {:.0?} ago, because {} did not answer within {:.0?}",
             remembered.age,
-            registry.describe()
+            registry.describe(),
+            PATIENCE
         );
         warn!(
             "{text}: subnet {}, {} peers. Packets flow; other hosts' changes are seen, and this host's lease is renewed, once it \

@@ -206,6 +206,12 @@ impl EtcdServer {
     /// # Panics
     /// When it fails.
     pub(crate) fn etcdctl(&self, arguments: &[&str]) -> String {
+        self.try_etcdctl(arguments)
+            .unwrap_or_else(|said| panic!("etcdctl {arguments:?}: {said}"))
+    }
+
+    /// As [`EtcdServer::etcdctl`], where it may fail: a cluster that elects a leader refuses. What it says then.
+    pub(crate) fn try_etcdctl(&self, arguments: &[&str]) -> Result<String, String> {
         let output = self
             .options
             .command("etcdctl")
@@ -220,8 +226,11 @@ impl EtcdServer {
             String::from_utf8_lossy(&output.stdout),
             String::from_utf8_lossy(&output.stderr),
         );
-        assert!(output.status.success(), "etcdctl {arguments:?}: {stderr}{stdout}");
-        stdout.into_owned()
+        if output.status.success() {
+            Ok(stdout.into_owned())
+        } else {
+            Err(format!("{stderr}{stdout}"))
+        }
     }
 
     /// Arguments that all later calls of etcdctl get, such as `--user root:secret`.
