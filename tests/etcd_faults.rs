@@ -341,6 +341,39 @@ fn a_configuration_that_was_changed_while_the_host_was_cut_off_ends_a_daemon_tha
     assert!(daemon.start_and_wait().subnet.to_string().starts_with("10.9."));
 }
 
+#[test]
+fn a_daemon_that_began_without_etcd_takes_its_lease_again_if_it_can_and_ends_if_another_host_has_it() {
+    let (mut overlay, server) = Overlay::start_on_etcd("ef_began", CONFIG, 2);
+    let (etcd, subnet) = ("192.168.77.254".parse().unwrap(), overlay.subnet(0));
+    let right = plain_value(&overlay.hosts[0]);
+    overlay.daemons[0].wait_until_remembered(1);
+    let anothers = r#"{"PublicIP":"192.168.77.99","PublicIPv6":null}"#;
+    for taken in [false, true] {
+        overlay.daemons[0].kill9();
+        cut_off(&overlay.hosts[0], etcd);
+        server.etcdctl(&["del", &key(subnet)]);
+        if taken {
+            server.etcdctl(&["put", &key(subnet), anothers]);
+        }
+        assert_eq!(overlay.daemons[0].start_and_wait().subnet.trunc(), subnet);
+        overlay.daemons[0].wait_for_log("started from the leases as they were");
+        mend(&overlay.hosts[0], etcd);
+        if taken {
+            assert_eq!(overlay.daemons[0].wait_exit_within(2 * PATIENCE).code(), Some(1));
+            let log = overlay.daemons[0].log();
+            assert!(log.contains("belongs to PublicIP 192.168.77.99"), "{log}");
+            assert_eq!(value(&server, &key(subnet)), anothers);
+        } else {
+            wait_until(2 * PATIENCE, "the lease to be made again", || {
+                value(&server, &key(subnet)) == right
+            })
+            .unwrap();
+            overlay.assert_all_reach_all();
+            overlay.daemons[0].assert_running();
+        }
+    }
+}
+
 // Data that is gone or wrong.
 
 #[test]

@@ -10,7 +10,7 @@ use super::{Error, Settings, configuration};
 use crate::{
     lease::remembered::{Origin, Remembered},
     network::{self, CONFIG_KEY, LoadError, Network, Parsed},
-    observe::{board::Board, outage::Outage},
+    observe::board::Board,
     registry::Registry,
 };
 
@@ -18,6 +18,10 @@ use crate::{
 /// and packets wait all the while. Nothing is lost when one that is slow, or elects a leader, answers a moment later: what it
 /// says then is what was remembered, or is put right.
 const PATIENCE: Duration = Duration::from_secs(1);
+
+/// How often the registry is asked whether the configuration is still the same, until it answers: as often as it is asked for
+/// everything else.
+const RETRY: Duration = Duration::from_secs(5);
 
 /// What a run begins with.
 pub(super) struct Beginning {
@@ -113,7 +117,6 @@ impl Unverified {
 /// # Errors
 /// It is another one.
 pub(super) async fn still_configured(registry: &dyn Registry, network: &Network) -> Result<(), Error> {
-    let mut outage = Outage::of("looking whether the network's configuration is still the same");
     loop {
         match network::load(registry).await {
             Ok(parsed) if parsed.network == *network => return Ok(()),
@@ -123,7 +126,8 @@ pub(super) async fn still_configured(registry: &dyn Registry, network: &Network)
                 warn!("{wrong}; going on with the one that was remembered");
                 return Ok(());
             }
-            Err(LoadError::Registry(error)) => sleep(outage.failed(&error.to_string())).await,
+            // Of that the watch of the leases tells.
+            Err(LoadError::Registry(_)) => sleep(RETRY).await,
         }
     }
 }
