@@ -22,6 +22,7 @@ use std::{
     time::Duration,
 };
 
+use ipnet::Ipv4Net;
 use sd_notify::NotifyState;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -32,6 +33,7 @@ use tracing::{info, warn};
 
 use crate::{
     backend::{self, Backend, Overlays, host_gw::HostGw, leftovers, udp, vxlan::Vxlan},
+    engine::Failure,
     kernel::{
         self, Kernel,
         external::{self, External, Wish},
@@ -45,6 +47,7 @@ use crate::{
         record::{Lease, LeaseValue},
         remembered::{Memory, Origin},
         republish::republish,
+        screen::Screen,
         watch::{self as lease_watch, OwnAddresses, PeerSet, Revoked},
     },
     network::{self, BackendKind, LoadError, Network},
@@ -58,8 +61,8 @@ use blackhole::Blackhole;
 use pace::{Look, Pace};
 use remembered::{Beginning, Unverified};
 
-/// How long the external address may be away before another one of the interface is taken for it: a DHCP client, or a person,
-/// removes and adds it in this time.
+/// How long the external address may be away before another one is taken for it: a DHCP client, or a person, removes and adds it
+/// in this time. And how long it has to be back before it is taken again.
 const AWAY: Duration = Duration::from_secs(2);
 
 /// How long, and how often, a claim to a new PublicIP is tried while another host has it: two hosts may swap addresses, and a
@@ -124,9 +127,6 @@ pub enum Error {
     /// A worker of the engine has stopped.
     #[error("the packet engine has failed: {0}")]
     Engine(String),
-    /// The subnet file cannot be written.
-    #[error(transparent)]
-    SubnetFile(#[from] WriteError),
     /// The health port cannot be opened.
     #[error(transparent)]
     Health(#[from] health::Error),
@@ -259,12 +259,15 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
 
     let addresses = OwnAddresses::new(own.lease.value.public_ip);
     let (publish, mut peers) = watch::channel(None);
+    let (here, addresses_here) = watch::channel(kernel.ipv4_addresses()?);
+    let screen = Screen::new(&network, &own.lease, addresses_here);
     let holding = Holding::new(own.clone(), first.is_none());
     let mut held = holding.subscribe();
     let mut watching = pin!(lease_watch::watch(
         registry,
         &holding,
         &addresses,
+        &screen,
         first.as_deref(),
         &publish
     ));
@@ -288,11 +291,13 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
         settings,
         network,
         kernel,
+        first: external.clone(),
         external,
         backend,
         blackhole,
         lease: own.lease,
         peers: None,
+        here,
         board,
         ruled: false,
         ready: false,
@@ -304,11 +309,14 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
         pace: Pace::new(Instant::now()),
     };
     run.tell_of_backend();
-    run.become_ready()?;
+    run.become_ready();
     loop {
+        if let Some(again) = run.again.take() {
+            run.pace.look_at(again);
+        }
         let (at, look) = run.pace.next(run.backend.recheck_after());
         tokio::select! {
-            Some(reason) = failed.recv() => return Err(Error::Engine(reason)),
+            Some(failure) = failed.recv() => run.engine_failed(failure)?,
             revoked = &mut watching => {
                 run.let_go();
                 return Err(revoked.into());
@@ -351,7 +359,7 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
             }
             Ok(()) = &mut rules_in_place, if !run.ruled => {
                 run.ruled = true;
-                run.become_ready()?;
+                run.become_ready();
             }
             never = &mut ruling => match never {},
             changes = monitor.next() => run.notice(&changes.map_err(Error::Monitor)?),
@@ -371,7 +379,7 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
                 addresses.settle(public_ip);
                 holding.found(lease);
                 // Another host may have the address before, and was taken for this one.
-                watching.set(lease_watch::watch(registry, &holding, &addresses, None, &publish));
+                watching.set(lease_watch::watch(registry, &holding, &addresses, &screen, None, &publish));
                 let (kept, released) = claims.take().into_iter().partition(|held| held.public_ip() == public_ip);
                 claims.replace(kept);
                 present = Box::pin(keep_presence(&settings.registry, claims, Claiming::Done(claimed)));
@@ -400,20 +408,24 @@ struct Run<'a> {
     network: Network,
     kernel: Kernel,
     external: External,
+    /// What was chosen at the start. It is gone back to when it is there again.
+    first: External,
     backend: Box<dyn Backend>,
     blackhole: Blackhole,
     lease: Lease,
     /// `None` until the registry has told.
     peers: Option<Arc<PeerSet>>,
+    /// Where the watch of the leases learns this host's addresses from.
+    here: watch::Sender<Vec<Ipv4Net>>,
     board: &'a Board,
     /// Whether the traffic rules are in place.
     ruled: bool,
     ready: bool,
     /// The external interface's coming and going.
     interface: Outage,
-    /// Since when its address has been away.
+    /// Since when its address has been away, or a better one has been there.
     away_since: Option<Instant>,
-    /// When it is to be looked at again.
+    /// When something is to be looked at again.
     again: Option<Instant>,
     /// Whether the subnet file says what is no longer so.
     file_is_due: bool,
@@ -427,25 +439,41 @@ impl Run<'_> {
         let Some(peers) = &self.peers else { return Ok(()) };
         self.backend.apply(peers)?;
         self.board.peers(Arc::clone(peers));
-        self.become_ready()
+        self.become_ready();
+        Ok(())
+    }
+
+    /// A worker has ended by itself. A device that is gone is the backend's to make again.
+    fn engine_failed(&mut self, failure: Failure) -> Result<(), Error> {
+        match failure {
+            Failure::DeviceGone => {
+                self.backend.recheck();
+                self.apply()
+            }
+            Failure::Broken(reason) => Err(Error::Engine(reason)),
+        }
     }
 
     /// Lets packets come, once the rules and the first picture of the peers are in place.
-    fn become_ready(&mut self) -> Result<(), Error> {
+    fn become_ready(&mut self) {
         match &self.peers {
             None => self.board.waiting_for("the other hosts' leases"),
             Some(_) if !self.ruled => self.board.waiting_for("the traffic rules"),
             Some(peers) if !self.ready => {
+                let peers = peers.len();
+                self.keep_file();
+                if self.file_is_due {
+                    self.board.waiting_for("the subnet file to be written");
+                    return;
+                }
                 self.ready = true;
-                self.write_subnet_file()?;
                 self.board.ready();
                 tell_supervisor(NotifyState::Ready);
                 let subnets = self.lease.subnets.to_cidrs();
-                info!("ready: subnet {subnets}, {} peer(s)", peers.len());
+                info!("ready: subnet {subnets}, {peers} peer(s)");
             }
             Some(_) => {}
         }
-        Ok(())
     }
 
     /// Lets no more packets out: their source would be another host's.
@@ -471,27 +499,29 @@ impl Run<'_> {
             self.backend.recheck();
         }
         let news = self.follow_interface()?;
-        if self.file_is_due {
-            // A full or read-only /run is no reason to stop what works.
-            match self.write_subnet_file() {
-                Ok(()) => {
-                    self.file.over();
-                    self.file_is_due = false;
-                }
-                Err(error) => drop(self.file.failed(&observe::chain(&error))),
+        let here = self.kernel.ipv4_addresses()?;
+        self.here.send_if_modified(|known| {
+            let changed = *known != here;
+            if changed {
+                *known = here;
             }
+            changed
+        });
+        if self.file_is_due && self.ready {
+            self.keep_file();
         }
         self.blackhole.keep(&mut self.kernel);
         self.apply()?;
         self.pace.looked(look, Instant::now());
-        if let Some(again) = self.again.take() {
-            self.pace.look_at(again);
-        }
         Ok(news)
     }
 
+    fn look_again_at(&mut self, then: Instant) {
+        self.again = Some(self.again.map_or(then, |again| again.min(then)));
+    }
+
     fn follow_interface(&mut self) -> Result<Option<LeaseValue>, Error> {
-        let now = match external::again(&mut self.kernel, &self.settings.external, &self.external) {
+        let now = match external::again(&mut self.kernel, &self.settings.external, &self.external, &self.first) {
             Ok(now) => now,
             Err(error) => {
                 // The pause is the kernel's next news.
@@ -507,7 +537,7 @@ impl Run<'_> {
         if now.address != self.external.address {
             let since = *self.away_since.get_or_insert(Instant::now());
             if since.elapsed() < AWAY {
-                self.again = Some(since + AWAY);
+                self.look_again_at(since + AWAY);
                 return Ok(None);
             }
         }
@@ -554,7 +584,22 @@ impl Run<'_> {
         }
     }
 
-    fn write_subnet_file(&self) -> Result<(), Error> {
+    /// Writes the subnet file, later again if that fails: a full or read-only /run is no reason to stop what works.
+    fn keep_file(&mut self) {
+        match self.write_subnet_file() {
+            Ok(()) => {
+                self.file.over();
+                self.file_is_due = false;
+            }
+            Err(error) => {
+                self.file_is_due = true;
+                let pause = self.file.failed(&observe::chain(&error));
+                self.look_again_at(Instant::now() + pause);
+            }
+        }
+    }
+
+    fn write_subnet_file(&self) -> Result<(), WriteError> {
         let subnets = self.lease.subnets;
         let file = SubnetFile {
             ipv4: self.network.ipv4().map(|plan| Share {
@@ -568,8 +613,13 @@ impl Run<'_> {
             mtu: self.backend.mtu(),
             ip_masq: self.settings.rules.masquerade,
         };
-        file.write_atomically(&self.settings.subnet_file)?;
-        info!("wrote {}", self.settings.subnet_file.display());
+        let path = &self.settings.subnet_file;
+        match file.write_atomically(path) {
+            Ok(()) => info!("wrote {}", path.display()),
+            // As after a restart.
+            Err(error) if file.is_at(path) => warn!("{error}; but it says already what it has to"),
+            Err(error) => return Err(error),
+        }
         Ok(())
     }
 }
@@ -685,7 +735,7 @@ fn backend_of(
     external: &External,
     overlays: &Overlays,
     settings: &Settings,
-    failures: mpsc::UnboundedSender<String>,
+    failures: mpsc::UnboundedSender<Failure>,
 ) -> Result<Box<dyn Backend>, backend::Error> {
     let kind = network.backend().kind();
     if network.ipv6().is_some() && kind != BackendKind::Udp {

@@ -80,6 +80,11 @@ impl SubnetFile {
         // Programs of other users read it.
         files::replace(path, self.render().as_bytes(), 0o644).map_err(WriteError)
     }
+
+    /// Whether the file at `path` says exactly this.
+    pub fn is_at(&self, path: &Path) -> bool {
+        fs::read(path).is_ok_and(|text| text == self.render().as_bytes())
+    }
 }
 
 /// The subnet with its first host address, which the host's bridge takes.

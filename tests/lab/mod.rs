@@ -3,16 +3,23 @@
 #![allow(dead_code, reason = "each test program uses its own part of this")]
 
 pub(crate) mod certificates;
+pub(crate) mod clock;
 pub(crate) mod etcd;
+pub(crate) mod faults;
 pub(crate) mod flow;
+pub(crate) mod memory;
 pub(crate) mod original;
 pub(crate) mod pair;
 pub(crate) mod plain_peer;
+pub(crate) mod pour;
 pub(crate) mod programmed;
 pub(crate) mod proxy;
+pub(crate) mod relay;
 pub(crate) mod seccomp;
 pub(crate) mod stream;
 pub(crate) mod traffic;
+pub(crate) mod vitals;
+pub(crate) mod vxlan;
 pub(crate) mod wire;
 
 use etcd::{EtcdOptions, EtcdServer};
@@ -27,7 +34,7 @@ use std::{
     io::{self, Read, Write},
     net::{Ipv4Addr, SocketAddr, TcpStream},
     os::unix::net::UnixDatagram,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, ExitStatus, Output},
     sync::Once,
     thread,
@@ -39,6 +46,9 @@ pub(crate) const FLANNELD: &str = env!("CARGO_BIN_EXE_flanneld");
 
 /// Longer than anything here takes on a busy machine, so that what never comes fails the test.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The flag that each daemon has, up to its value.
+const SUBNET_FILE: &str = "--subnet-file=";
 
 /// The configuration of most tests: the `udp` backend in 10.5.0.0/16.
 pub(crate) const CONFIG: &str = r#"{"Network":"10.5.0.0/16"}"#;
@@ -158,7 +168,7 @@ impl Daemon {
     pub(crate) fn named(name: &str, lab: &Lab, host: &Host, registry: &Registry) -> Daemon {
         let mut flags = registry.flags.clone();
         flags.push(format!(
-            "--subnet-file={}",
+            "{SUBNET_FILE}{}",
             lab.dir().join(format!("{name}.env")).display()
         ));
         Daemon {
@@ -187,9 +197,15 @@ impl Daemon {
     }
 
     /// Run by a program that becomes it in the end, such as `env` or `setpriv`, with these arguments.
-    pub(crate) fn under(mut self, program: &[&str]) -> Daemon {
-        self.under = program.iter().map(|&word| word.to_owned()).collect();
+    pub(crate) fn under(mut self, program: &[impl AsRef<str>]) -> Daemon {
+        self.under = program.iter().map(|word| word.as_ref().to_owned()).collect();
         self
+    }
+
+    /// With its subnet file there.
+    pub(crate) fn with_subnet_file(mut self, path: &Path) -> Daemon {
+        self.flags.retain(|flag| !flag.starts_with(SUBNET_FILE));
+        self.with(format!("{SUBNET_FILE}{}", path.display()))
     }
 
     /// Starts it, again if it has run before.
@@ -255,12 +271,13 @@ impl Daemon {
 
     /// Where its subnet file is.
     pub(crate) fn subnet_file(&self) -> PathBuf {
-        self.dir.join(format!("{}.env", self.name))
+        let mut flags = self.flags.iter();
+        flags.find_map(|flag| flag.strip_prefix(SUBNET_FILE)).unwrap().into()
     }
 
     /// Where it remembers what it knows.
     pub(crate) fn state_file(&self) -> PathBuf {
-        self.dir.join(format!("{}.state", self.name))
+        self.subnet_file().with_extension("state")
     }
 
     /// Waits until it remembers this many peers.
