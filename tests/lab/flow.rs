@@ -46,7 +46,7 @@ impl Flows {
         &self.udp
     }
 
-    /// Ends them, and fails the test if the connection did not hold; datagrams may have been lost.
+    /// Ends them, and fails the test if the connection did not hold; datagrams may have been lost: what came of them.
     pub(crate) fn finish(self) -> Report {
         let report = self.udp.finish();
         self.tcp.finish();

@@ -13,6 +13,7 @@ pub(crate) mod pair;
 pub(crate) mod plain_peer;
 pub(crate) mod pour;
 pub(crate) mod programmed;
+pub(crate) mod proxy;
 pub(crate) mod relay;
 pub(crate) mod seccomp;
 pub(crate) mod stream;
@@ -339,6 +340,22 @@ impl Daemon {
     /// Where it can be asked to hand over.
     pub(crate) fn handover_socket(&self) -> PathBuf {
         self.subnet_file().with_extension("handover")
+    }
+
+    /// Where it remembers what it knows.
+    pub(crate) fn state_file(&self) -> PathBuf {
+        self.subnet_file().with_extension("state")
+    }
+
+    /// Waits until it remembers this many peers.
+    pub(crate) fn wait_until_remembered(&self, peers: usize) {
+        let what = format!("{} to remember {peers} peers", self.name);
+        wait_until(PATIENCE, &what, || {
+            let text = fs::read_to_string(self.state_file()).unwrap_or_default();
+            let state: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+            state["Peers"].as_array().is_some_and(|known| known.len() == peers)
+        })
+        .unwrap();
     }
 
     /// The process of the run under way.
