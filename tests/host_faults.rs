@@ -239,7 +239,11 @@ fn a_daemon_without_a_free_descriptor_carries_packets_and_recovers() {
     server.restart();
     trial.over_without_loss();
 
+    // And what has to be made anew waits for descriptors.
+    by_hand(&ns, "ip link del flannel0");
+    daemon.wait_for_log("flannel0 was removed");
     limit_to(1_024);
+    assert_reaches(&one.ns, two.ip);
     drop(waiting);
     wait_for_status(daemon, "etcd to be there again", |status| {
         status.registry.connected.then_some(())
