@@ -12,6 +12,7 @@ pub(crate) mod original;
 pub(crate) mod pair;
 pub(crate) mod plain_peer;
 pub(crate) mod pour;
+pub(crate) mod probe;
 pub(crate) mod programmed;
 pub(crate) mod proxy;
 pub(crate) mod relay;
