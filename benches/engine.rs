@@ -13,7 +13,7 @@ use std::{
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use flannel::{
     backend::{
-        Backend,
+        Backend, Descriptors,
         udp::{IoMode, Options, TunMode, Udp},
     },
     kernel::external::External,
@@ -73,8 +73,9 @@ impl Member {
                 public_ip: host.ip(),
             };
             let (failures, _) = mpsc::unbounded_channel();
-            let mut backend = Udp::new(&external, network::Udp::default(), options, failures).unwrap();
+            let mut backend = Udp::new(&external, network::Udp::default(), options, Descriptors::default(), failures).unwrap();
             backend.start(&network, &lease).unwrap();
+            backend.resume().unwrap();
             backend
         });
         Self {

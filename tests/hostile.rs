@@ -240,7 +240,7 @@ fn hostile_data_harms_nobody(name: &str, backend: &str, junk: usize) {
     for other in &overlay.containers {
         assert_reaches(&container.ns, other.ip);
     }
-    let report = flows.finish_and_report();
+    let report = flows.finish();
     assert_accounted(name, &report, &Drops::so_far(&overlay, &[0, 1]).since(&drops));
     if backend == "vxlan" {
         let own_mac = mac(overlay.hosts[0].ns(), device);

@@ -159,7 +159,7 @@ fn thousands_of_leases_disturb_no_packet(name: &str, backend: &str) {
         after.resident,
         after.peak
     );
-    let report = flows.finish_and_report();
+    let report = flows.finish();
     assert_accounted("scale", &report, &Drops::so_far(&overlay, &[0, 1]).since(&drops));
     assert!(after.peak < MEMORY_KIB, "{after:?}");
     // Told of in few lines, though each was a change.

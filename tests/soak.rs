@@ -255,7 +255,7 @@ fn an_overlay_at_work_neither_grows_nor_leaks_nor_loses_what_it_does_not_count()
             pinging.join().unwrap(),
         )
     });
-    let (small, long) = (flows.finish_and_report(), long.finish());
+    let (small, long) = (flows.finish(), long.finish());
 
     let drops = Drops::so_far(&overlay, accounted).since(&before);
     let (sent, received) = between(&overlay, 0, 1);

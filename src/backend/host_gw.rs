@@ -14,7 +14,7 @@ use crate::{
     kernel::{self, Kernel, external::External, monitor::Change},
     lease::{record::Lease, watch::PeerSet},
     network::{BackendKind, Network},
-    observe::board::Report,
+    observe::{board::Report, status::Counts},
 };
 
 /// The `host-gw` backend.
@@ -138,6 +138,10 @@ impl Backend for HostGw {
         self.external = external.clone();
         self.programming.distrust();
         Ok(())
+    }
+
+    fn count_from(&mut self, before: &Counts) {
+        self.programming.repairs().count_from(&before.repairs);
     }
 
     fn report(&self) -> Option<Report> {

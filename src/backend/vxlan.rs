@@ -25,7 +25,7 @@ use crate::{
     },
     lease::{record::Lease, watch::PeerSet},
     network::{self, BackendKind, Network, Vni},
-    observe::board::Report,
+    observe::{board::Report, status::Counts},
     sys::ethtool,
 };
 
@@ -452,6 +452,10 @@ impl Backend for Vxlan {
         self.settled = false;
         self.recheck();
         Ok(())
+    }
+
+    fn count_from(&mut self, before: &Counts) {
+        self.programming.repairs().count_from(&before.repairs);
     }
 
     fn report(&self) -> Option<Report> {

@@ -121,6 +121,29 @@ pub async fn acquire(
     })
 }
 
+/// Goes on with the lease that another process of this host has at this moment; `None` when it is not there any more, or not
+/// with the PublicIP that `value` carries.
+///
+/// # Errors
+/// When the registry fails.
+pub async fn go_on(
+    registry: &dyn Registry,
+    subnets: Subnets,
+    value: &LeaseValue,
+) -> Result<Option<Own>, registry::Error> {
+    while let Some(record) = registry.get(&subnets.key()).await? {
+        match Lease::from_record(&record) {
+            Ok(lease) if lease.value.public_ip == value.public_ip => {
+                if let Some(own) = reuse(registry, &record, lease, value).await? {
+                    return Ok(Some(own));
+                }
+            }
+            _ => return Ok(None),
+        }
+    }
+    Ok(None)
+}
+
 /// Makes a lease that carries our PublicIP ours again; `None` when it changed or ran out meanwhile.
 async fn reuse(
     registry: &dyn Registry,
@@ -226,6 +249,18 @@ mod tests {
         take(&registry, &host(2)).await.unwrap();
         let again = take(&registry, &host(1)).await.unwrap();
         assert_eq!(again.lease, first.lease);
+    }
+
+    #[tokio::test]
+    async fn a_lease_that_is_handed_over_stays_as_it_is_and_one_that_is_gone_is_missed() {
+        let registry = MemoryRegistry::new();
+        let first = take(&registry, &host(1)).await.unwrap().lease;
+        let own = go_on(&registry, first.subnets, &host(1)).await.unwrap().unwrap();
+        assert_eq!((&own.lease, own.left), (&first, Some(SUBNET_TTL)));
+        assert!(go_on(&registry, first.subnets, &host(2)).await.unwrap().is_none());
+        let record = registry.get(&first.subnets.key()).await.unwrap().unwrap();
+        registry.delete(&record).await.unwrap();
+        assert!(go_on(&registry, first.subnets, &host(1)).await.unwrap().is_none());
     }
 
     #[tokio::test]

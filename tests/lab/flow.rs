@@ -46,15 +46,8 @@ impl Flows {
         &self.udp
     }
 
-    /// Ends them, and fails the test if the connection did not hold; datagrams may have been lost.
+    /// Ends them, and fails the test if the connection did not hold; datagrams may have been lost: what came of them.
     pub(crate) fn finish(self) -> Report {
-        let report = self.udp.finish();
-        self.tcp.finish();
-        report
-    }
-
-    /// Ends them, and fails the test if the connection did not hold; what became of the datagrams.
-    pub(crate) fn finish_and_report(self) -> Report {
         let report = self.udp.finish();
         self.tcp.finish();
         report

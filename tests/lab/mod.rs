@@ -14,9 +14,11 @@ pub(crate) mod plain_peer;
 pub(crate) mod pour;
 pub(crate) mod probe;
 pub(crate) mod programmed;
+pub(crate) mod proxy;
 pub(crate) mod relay;
 pub(crate) mod seccomp;
 pub(crate) mod stream;
+pub(crate) mod supervisor;
 pub(crate) mod traffic;
 pub(crate) mod vitals;
 pub(crate) mod vxlan;
@@ -40,6 +42,7 @@ use std::{
     thread,
     time::Duration,
 };
+use supervisor::Supervisor;
 
 /// The binary under test.
 pub(crate) const FLANNELD: &str = env!("CARGO_BIN_EXE_flanneld");
@@ -156,6 +159,8 @@ pub(crate) struct Daemon {
     process: Option<Process>,
     /// Where `sd_notify` of the run under way arrives.
     notify: Option<UnixDatagram>,
+    /// Who listens there in its place, over all runs.
+    supervisor: Option<Supervisor>,
 }
 
 impl Daemon {
@@ -181,13 +186,57 @@ impl Daemon {
             runs: 0,
             process: None,
             notify: None,
+            supervisor: None,
         }
+    }
+
+    /// Another one on the same host, that takes over from this one when it is started.
+    pub(crate) fn heir(&self, name: &str) -> Daemon {
+        let mut flags = self.flags.clone();
+        flags.retain(|flag| flag != "--handover");
+        flags.push("--handover".to_owned());
+        Daemon {
+            name: name.to_owned(),
+            ns: self.ns.clone(),
+            dir: self.dir.clone(),
+            flags,
+            without_io_uring: false,
+            under: Vec::new(),
+            runs: 0,
+            process: None,
+            notify: None,
+            supervisor: None,
+        }
+    }
+
+    /// Run by a supervisor with a store for so many descriptors.
+    pub(crate) fn supervised(mut self, store: usize) -> Daemon {
+        let socket = UnixDatagram::bind(self.notify_socket()).unwrap();
+        self.supervisor = Some(Supervisor::listen(socket, store));
+        // Only the process itself knows its number before it begins.
+        self.under(&["sh", "-c", "export LISTEN_PID=$$; exec \"$@\"", "sh"])
+    }
+
+    /// Who runs it.
+    pub(crate) fn supervisor(&self) -> &Supervisor {
+        self.supervisor.as_ref().expect("it is supervised")
+    }
+
+    fn notify_socket(&self) -> PathBuf {
+        self.dir.join(format!("{}.{}.notify", self.name, self.runs))
     }
 
     /// With one more flag.
     pub(crate) fn with(mut self, flag: impl Into<String>) -> Daemon {
         self.flags.push(flag.into());
         self
+    }
+
+    /// With these flags in the place of those that were added.
+    pub(crate) fn set_flags(&mut self, flags: &[&str]) {
+        let last = self.flags.iter().rposition(|flag| flag.starts_with("--subnet-file="));
+        self.flags.truncate(last.map_or(0, |last| last + 1));
+        self.flags.extend(flags.iter().map(|&flag| flag.to_owned()));
     }
 
     /// With a kernel that refuses io_uring to it.
@@ -212,10 +261,6 @@ impl Daemon {
     pub(crate) fn start(&mut self) {
         assert!(self.process.is_none(), "{} runs already", self.name);
         self.runs += 1;
-        let socket = self.dir.join(format!("{}.{}.notify", self.name, self.runs));
-        let notify = UnixDatagram::bind(&socket).unwrap();
-        // Short, since between two messages it is looked whether the daemon still runs.
-        notify.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
         let mut command = match self.under.split_first() {
             Some((program, arguments)) => {
                 let mut command = self.ns.command(program);
@@ -225,13 +270,24 @@ impl Daemon {
             None => self.ns.command(FLANNELD),
         };
         lab::without_daemon_env(&mut command);
-        command.args(&self.flags).env("NOTIFY_SOCKET", socket);
+        command.args(&self.flags);
+        if let Some(supervisor) = &self.supervisor {
+            supervisor.hand_to(&mut command);
+            // That of the time when it was described.
+            command.env("NOTIFY_SOCKET", self.dir.join(format!("{}.0.notify", self.name)));
+        } else {
+            let socket = self.notify_socket();
+            let notify = UnixDatagram::bind(&socket).unwrap();
+            // Short, since between two messages it is looked whether the daemon still runs.
+            notify.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+            command.env("NOTIFY_SOCKET", socket);
+            self.notify = Some(notify);
+        }
         if self.without_io_uring {
             seccomp::refuse_io_uring(&mut command);
         }
         let log = self.dir.join(format!("{}.{}.log", self.name, self.runs));
         self.process = Some(Process::spawn(&self.name, command, &log).unwrap());
-        self.notify = Some(notify);
     }
 
     /// Starts it and waits until it is ready.
@@ -242,6 +298,13 @@ impl Daemon {
 
     /// Waits until it tells its supervisor `READY=1`; what its subnet file says then.
     pub(crate) fn wait_ready(&mut self) -> SubnetEnv {
+        if let Some(supervisor) = self.supervisor.take() {
+            supervisor.wait_told(self, "READY=1");
+            // Of the next run it shall be told anew.
+            supervisor.forget_told();
+            self.supervisor = Some(supervisor);
+            return self.subnet();
+        }
         wait_for(PATIENCE, &format!("{} to be ready", self.name), || {
             self.assert_running();
             let mut message = [0; 512];
@@ -273,6 +336,27 @@ impl Daemon {
     pub(crate) fn subnet_file(&self) -> PathBuf {
         let mut flags = self.flags.iter();
         flags.find_map(|flag| flag.strip_prefix(SUBNET_FILE)).unwrap().into()
+    }
+
+    /// Where it can be asked to hand over.
+    pub(crate) fn handover_socket(&self) -> PathBuf {
+        self.subnet_file().with_extension("handover")
+    }
+
+    /// Where it remembers what it knows.
+    pub(crate) fn state_file(&self) -> PathBuf {
+        self.subnet_file().with_extension("state")
+    }
+
+    /// Waits until it remembers this many peers.
+    pub(crate) fn wait_until_remembered(&self, peers: usize) {
+        let what = format!("{} to remember {peers} peers", self.name);
+        wait_until(PATIENCE, &what, || {
+            let text = fs::read_to_string(self.state_file()).unwrap_or_default();
+            let state: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+            state["Peers"].as_array().is_some_and(|known| known.len() == peers)
+        })
+        .unwrap();
     }
 
     /// The process of the run under way.
