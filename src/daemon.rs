@@ -46,6 +46,7 @@ use crate::{
     observe::{self, board::Board, health, outage::Outage, registry::Observed, socket},
     registry::{Registry, TtlId},
     rules::{self, Keeper, Mechanism},
+    sandbox::{Needs, Sandbox},
     subnet_file::{Previous, Share, SubnetFile, WriteError},
 };
 
@@ -87,6 +88,8 @@ pub struct Settings {
     pub rules: rules::Options,
     /// For the `udp` backend.
     pub udp: udp::Options,
+    /// What the daemon has given up already, and will.
+    pub sandbox: Sandbox,
 }
 
 /// Why a run ended by itself.
@@ -143,6 +146,7 @@ pub enum Error {
 /// What the daemon cannot mend by waiting. An unreachable registry or a missing configuration is not among them.
 pub async fn run(mut settings: Settings) -> Result<(), Error> {
     let board = Board::new(settings.registry.describe());
+    board.sandbox(settings.sandbox.clone());
     settings.registry = Arc::new(Observed::new(settings.registry, board.clone()));
     let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signal)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signal)?;
@@ -348,6 +352,7 @@ impl Run<'_> {
             Some(peers) if !self.ready => {
                 self.ready = true;
                 self.write_subnet_file()?;
+                self.settings.sandbox.settle(self.needs());
                 self.board.ready();
                 tell_supervisor(NotifyState::Ready);
                 let subnets = self.lease.subnets.to_cidrs();
@@ -356,6 +361,19 @@ impl Run<'_> {
             Some(_) => {}
         }
         Ok(())
+    }
+
+    /// What serving takes from now on, as far as it differs.
+    fn needs(&self) -> Needs {
+        let udp = match self.network.backend() {
+            network::Backend::Udp(udp) => Some(udp),
+            _ => None,
+        };
+        Needs {
+            raw_sockets: udp.is_some() || rules::may_ask_by_raw_socket(),
+            port: udp.map(|udp| udp.port),
+            io_uring: udp.is_some() && self.settings.udp.io == udp::IoMode::Uring,
+        }
     }
 
     fn notice(&mut self, changes: &[Change]) {
@@ -384,6 +402,7 @@ impl Run<'_> {
             }
         }
         self.blackhole.keep(&mut self.kernel);
+        self.settings.sandbox.tell_of_refusals();
         self.apply()?;
         self.pace.looked(look, Instant::now());
         if let Some(again) = self.again.take() {
@@ -580,7 +599,10 @@ fn backend_of(
         return Err(backend::Error::DualStack(kind));
     }
     Ok(match network.backend() {
-        network::Backend::Udp(udp) => Box::new(udp::Udp::new(external, udp.clone(), settings.udp, failures)?),
+        network::Backend::Udp(udp) => {
+            let sandbox = settings.sandbox.clone();
+            Box::new(udp::Udp::new(external, udp.clone(), settings.udp, failures, sandbox)?)
+        }
         network::Backend::Vxlan(vxlan) => Box::new(Vxlan::new(external, vxlan.clone(), overlays)?),
         network::Backend::HostGw => Box::new(HostGw::new(external, overlays)?),
     })

@@ -28,6 +28,7 @@ use crate::{
     network::{self, BackendKind, Network, SourceCheck},
     observe::{board::Report, chain, outage::Outage},
     route_table::{Peer, RouteTable, Routes},
+    sandbox::Sandbox,
     sys::{
         tun::{self, Tun, TunOffload},
         udp, uring,
@@ -110,6 +111,7 @@ pub struct Udp {
     routes: Routes,
     peers: Arc<Mutex<PeerIds>>,
     failures: UnboundedSender<String>,
+    sandbox: Sandbox,
     /// For each worker, until the engine takes them.
     sockets: Vec<Vec<UdpSocket>>,
     /// What it was started with.
@@ -130,7 +132,8 @@ struct Running {
 }
 
 impl Udp {
-    /// Takes the tunnel's port on the external address. Workers that cannot go on say why through `failures`.
+    /// Takes the tunnel's port on the external address. Workers that cannot go on say why through `failures`; `sandbox` confines
+    /// them.
     ///
     /// # Errors
     /// When the port is in use, or the external MTU is too small.
@@ -139,6 +142,7 @@ impl Udp {
         configuration: network::Udp,
         options: Options,
         failures: UnboundedSender<String>,
+        sandbox: Sandbox,
     ) -> Result<Self, Error> {
         let mtu = mtu_over(external)?;
         let workers = match (options.tun, options.workers) {
@@ -158,6 +162,7 @@ impl Udp {
             routes: Routes::default(),
             peers: Arc::default(),
             failures,
+            sandbox,
             sockets,
             started: None,
             running: None,
@@ -245,7 +250,9 @@ impl Backend for Udp {
             busy_poll: self.options.busy_poll,
         };
         // Nobody listens any more when the daemon is ending.
-        let engine = Engine::start(parts, move |reason| drop(failures.send(reason))).map_err(Error::Engine)?;
+        let failed = move |reason| drop(failures.send(reason));
+        let confined = self.sandbox.workers(way == Way::Uring);
+        let engine = Engine::start(parts, move || confined.confine(), failed).map_err(Error::Engine)?;
         info!(
             "{} is up: address {}, MTU {}, {} worker{}, UDP {}:{} on {}, I/O {way}, offloads: {offloads}",
             device.name,

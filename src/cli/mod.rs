@@ -38,7 +38,7 @@ pub use self::{
     status::StatusArgs,
 };
 
-use crate::{daemon, observe, registry::Registry};
+use crate::{daemon, observe, registry::Registry, sandbox::Sandbox};
 
 const ABOUT: &str = "An overlay network for containers: a subnet for each host, and packets between them.
 
@@ -199,6 +199,7 @@ impl Place {
 /// Does what the command line says. Errors go to standard error, in one line.
 pub fn execute(invocation: Invocation) -> ExitCode {
     observe::log_to_stderr(invocation.verbosity);
+    invocation.registry.hide_password();
     let done = match invocation.action {
         // Blocks, and starts processes that die with its thread: no runtime.
         Action::Demo(args) => {
@@ -212,9 +213,19 @@ pub fn execute(invocation: Invocation) -> ExitCode {
         Action::DockerOpts(args) => docker_opts::run(&args).map_err(AnyError::from),
         Action::Man(args) => pages::man(&args, command(), &mut io::stdout()).map_err(AnyError::from),
         Action::Completions(args) => pages::completions(&args, command(), &mut io::stdout()).map_err(AnyError::from),
-        Action::Run(args) => with_registry(invocation.registry, async |registry| {
-            Ok(daemon::run(args.settings(registry)).await?)
-        }),
+        Action::Run(args) => {
+            // Before there is a second thread, which would keep what it has.
+            let sandbox = if args.sandbox {
+                let mut places = invocation.registry.files();
+                places.write.extend(args.written());
+                Sandbox::enter(&places)
+            } else {
+                Sandbox::default()
+            };
+            with_registry(invocation.registry, async |registry| {
+                Ok(daemon::run(args.settings(registry, sandbox)).await?)
+            })
+        }
         Action::Network(args) => with_registry(invocation.registry, async |registry| {
             Ok(network::run(&args, &*registry, &mut io::stdout()).await?)
         }),
@@ -359,7 +370,7 @@ mod tests {
             (args.io, args.pin, args.busy_poll),
             (IoMode::Auto, false, Duration::ZERO)
         );
-        assert!(args.offload);
+        assert!(args.offload && args.sandbox);
     }
 
     #[test]
@@ -408,7 +419,11 @@ mod tests {
 
     #[test]
     fn what_the_daemon_gets_is_what_the_flags_say() {
-        let options = |line| run(line).settings(Arc::new(MemoryRegistry::new())).udp;
+        let options = |line| {
+            run(line)
+                .settings(Arc::new(MemoryRegistry::new()), Sandbox::default())
+                .udp
+        };
         let Options {
             workers,
             offload,
@@ -423,7 +438,11 @@ mod tests {
 
     #[test]
     fn the_rules_are_those_that_the_flags_ask_for() {
-        let options = |line| run(line).settings(Arc::new(MemoryRegistry::new())).rules;
+        let options = |line| {
+            run(line)
+                .settings(Arc::new(MemoryRegistry::new()), Sandbox::default())
+                .rules
+        };
         let defaults = rules::Options {
             masquerade: false,
             fully_random: true,

@@ -22,6 +22,7 @@ use crate::{
     observe::socket,
     registry::Registry,
     rules,
+    sandbox::Sandbox,
 };
 
 /// The longest life of a lease in minutes: a day, of which the margin must leave something.
@@ -189,6 +190,18 @@ pub struct RunArgs {
     #[arg(long, env = "FLANNELD_STATUS_SOCKET", value_name = "PATH", help_heading = "Health")]
     pub status_socket: Option<PathBuf>,
 
+    /// Whether to give up, once set up, all of root's rights that are not needed: on or off
+    #[arg(
+        long,
+        env = "FLANNELD_SANDBOX",
+        value_name = "on|off",
+        default_value = "on",
+        value_parser = on_or_off,
+        action = ArgAction::Set,
+        help_heading = "Security"
+    )]
+    pub sandbox: bool,
+
     /// How many threads carry packets, up to 64; 0: as many as the CPUs call for
     #[arg(
         long,
@@ -271,8 +284,19 @@ pub struct RunArgs {
 }
 
 impl RunArgs {
-    /// What the daemon is to do with `registry`.
-    pub fn settings(self, registry: Arc<dyn Registry>) -> Settings {
+    /// The files that the daemon writes.
+    pub(super) fn written(&self) -> Vec<PathBuf> {
+        vec![self.subnet_file.clone(), self.socket()]
+    }
+
+    fn socket(&self) -> PathBuf {
+        let named = self.status_socket.clone();
+        named.unwrap_or_else(|| socket::beside(&self.subnet_file))
+    }
+
+    /// What the daemon is to do with `registry`, confined by `sandbox`.
+    pub fn settings(self, registry: Arc<dyn Registry>, sandbox: Sandbox) -> Settings {
+        let status_socket = self.socket();
         Settings {
             registry,
             external: Wish {
@@ -282,7 +306,7 @@ impl RunArgs {
                 public_ip: self.public_ip,
             },
             public_ipv6: self.public_ipv6,
-            status_socket: self.status_socket.unwrap_or_else(|| socket::beside(&self.subnet_file)),
+            status_socket,
             subnet_file: self.subnet_file,
             renew_margin: self.subnet_lease_renew_margin,
             health: (self.healthz_port != 0).then(|| SocketAddr::new(self.healthz_ip, self.healthz_port)),
@@ -301,6 +325,7 @@ impl RunArgs {
                 pin: self.pin,
                 busy_poll: self.busy_poll,
             },
+            sandbox,
         }
     }
 
@@ -344,6 +369,14 @@ fn io(text: &str) -> Result<IoMode, String> {
         "mmsg" => Ok(IoMode::Mmsg),
         "uring" => Ok(IoMode::Uring),
         _ => Err("write auto, mmsg or uring".to_owned()),
+    }
+}
+
+fn on_or_off(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("write on or off".to_owned()),
     }
 }
 

@@ -11,6 +11,7 @@ use super::status::{BackendReport, External, Lease, Peer, Registry, Requests, St
 use crate::{
     kernel::external,
     lease::{record, watch::PeerSet},
+    sandbox::Sandbox,
 };
 
 /// Clones share the board.
@@ -40,6 +41,7 @@ struct Notes {
     own: Option<(record::Lease, Option<Instant>)>,
     renew_margin: Duration,
     rule_repairs: u64,
+    sandbox: Sandbox,
     backend: Option<Report>,
     peers: Arc<PeerSet>,
     contact: Contact,
@@ -119,6 +121,11 @@ impl Board {
         self.notes().rule_repairs += 1;
     }
 
+    /// What the daemon is confined by.
+    pub fn sandbox(&self, sandbox: Sandbox) {
+        self.notes().sandbox = sandbox;
+    }
+
     /// What carries the packets.
     pub fn backend(&self, report: Report) {
         self.notes().backend = Some(report);
@@ -184,6 +191,7 @@ impl Board {
                 seconds_left: expires.map(|expires| expires.saturating_duration_since(Instant::now()).as_secs()),
             }),
             rule_repairs: notes.rule_repairs,
+            sandbox: notes.sandbox.report(),
             registry: Registry {
                 name: self.0.registry.clone(),
                 connected: contact.trouble.is_none() && contact.answered.is_some(),
