@@ -47,13 +47,25 @@ const NEVER_HERE: &[(&str, libc::c_long)] = &[];
 /// What makes a ring: an interface to most of the kernel, for those who use it.
 const RINGS: &[(&str, libc::c_long)] = &calls!(SYS_io_uring_setup SYS_io_uring_enter SYS_io_uring_register);
 
+/// What the C library does, or may come to do, when a thread starts or ends and all signals are blocked.
+const QUIET: &[(&str, libc::c_long)] = &calls!(
+    SYS_clone SYS_kill SYS_membarrier SYS_prctl SYS_prlimit64 SYS_rseq SYS_rt_sigaction SYS_rt_sigtimedwait
+    SYS_sched_getaffinity SYS_sched_setaffinity SYS_sched_setparam SYS_sched_setscheduler SYS_set_robust_list
+    SYS_set_tid_address SYS_tkill SYS_wait4 SYS_waitid
+);
+
+#[cfg(target_arch = "x86_64")]
+const QUIET_HERE: &[(&str, libc::c_long)] = &calls!(SYS_arch_prctl SYS_fork SYS_vfork);
+#[cfg(not(target_arch = "x86_64"))]
+const QUIET_HERE: &[(&str, libc::c_long)] = &[];
+
 /// Others that somebody who has taken over a worker would try first: to be told by their names.
 const TEMPTING: &[(&str, libc::c_long)] = &calls!(
-    SYS_accept4 SYS_bind SYS_capset SYS_clone SYS_clone3 SYS_connect SYS_dup SYS_dup3 SYS_epoll_ctl SYS_eventfd2 SYS_execve
-    SYS_execveat SYS_fcntl SYS_fstat SYS_getsockopt SYS_io_uring_setup SYS_ioctl SYS_kill SYS_listen SYS_memfd_create SYS_mmap
-    SYS_mprotect SYS_newfstatat SYS_openat SYS_openat2 SYS_pidfd_open SYS_pipe2 SYS_prctl SYS_readlinkat SYS_readv SYS_recvfrom
-    SYS_recvmsg SYS_rseq SYS_rt_sigaction SYS_seccomp SYS_sendmsg SYS_setsockopt SYS_setuid SYS_socket SYS_socketpair SYS_statx
-    SYS_tgkill SYS_tkill SYS_unlinkat
+    SYS_accept4 SYS_bind SYS_capset SYS_connect SYS_dup SYS_dup3 SYS_epoll_ctl SYS_eventfd2 SYS_execve
+    SYS_execveat SYS_fcntl SYS_fstat SYS_getsockopt SYS_ioctl SYS_listen SYS_memfd_create SYS_mmap
+    SYS_mprotect SYS_newfstatat SYS_openat SYS_pipe2 SYS_readlinkat SYS_readv SYS_recvfrom
+    SYS_recvmsg SYS_seccomp SYS_sendmsg SYS_setsockopt SYS_setuid SYS_socket SYS_socketpair SYS_statx
+    SYS_tgkill SYS_unlinkat
 );
 
 /// What a worker may do, which moves packets by io_uring or not.
@@ -90,6 +102,12 @@ pub fn of_workers(io_uring: bool) -> Vec<Call> {
         },
     ]);
     calls
+}
+
+/// What is refused to workers without being counted.
+pub fn quiet() -> Vec<libc::c_long> {
+    let all = [QUIET, QUIET_HERE].concat();
+    all.into_iter().map(|(_, number)| number).collect()
 }
 
 /// What the control plane never does while it serves, and neither do the programs that it starts.

@@ -31,7 +31,7 @@ use crate::{
     observe::status,
     sys::{
         capabilities::{self, Capabilities, Held},
-        seccomp::{self, Filter, Refusal},
+        seccomp::{self, Filter},
     },
 };
 
@@ -115,7 +115,7 @@ impl Sandbox {
             kept = kept | Capabilities::NET_BIND_SERVICE;
         }
         state.limit(kept);
-        match install(calls::never(needs.io_uring), Refusal::Logged) {
+        match refuse(&calls::never(needs.io_uring)) {
             Ok(()) => state.control_filter = true,
             Err(reason) => state.trouble(format!("a filter of system calls: {reason}")),
         }
@@ -138,7 +138,7 @@ impl Sandbox {
             .map_err(|error| error.to_string())
             .and_then(|()| {
                 let filter =
-                    Filter::allowing(&calls::of_workers(io_uring), Refusal::Counted).ok_or(UNKNOWN_PROCESSOR)?;
+                    Filter::allowing(&calls::of_workers(io_uring), &calls::quiet()).ok_or(UNKNOWN_PROCESSOR)?;
                 trial::run(&filter)?;
                 Ok(filter)
             });
@@ -216,8 +216,8 @@ impl State {
 
 const UNKNOWN_PROCESSOR: &str = "the system calls of this processor are not known here";
 
-fn install(refused: Vec<libc::c_long>, refusal: Refusal) -> Result<(), String> {
-    let filter = Filter::refusing(&refused, refusal).ok_or(UNKNOWN_PROCESSOR)?;
+fn refuse(calls: &[libc::c_long]) -> Result<(), String> {
+    let filter = Filter::refusing(calls).ok_or(UNKNOWN_PROCESSOR)?;
     filter.install().map_err(|error| error.to_string())
 }
 
@@ -351,7 +351,7 @@ mod tests {
             .into_iter()
             .filter(|call| call.number != libc::SYS_sendmmsg)
             .collect();
-        let filter = Filter::allowing(&without, Refusal::Counted).unwrap();
+        let filter = Filter::allowing(&without, &calls::quiet()).unwrap();
         let reason = trial::run(&filter).unwrap_err();
         assert!(reason.contains("(sendmmsg)"), "{reason}");
     }

@@ -5,11 +5,14 @@
 //! nanosecond.
 //!
 //! # What becomes of a refused call
-//! It fails with `EPERM`, as a firewall or another policy would make it, and is counted by its number. Killing the process would
-//! be the harder line, but a call that a future libc or kernel uses in the place of one on the list would then take the network
-//! down. In a thread of this process the kernel signals (`SECCOMP_RET_TRAP`), and the [handler](watch_refusals) counts and makes the
-//! call fail; where programs are started under the filter (`SECCOMP_RET_ERRNO`) the kernel does it, and writes a line into its
-//! own log.
+//! It fails, as another policy would make it fail. Killing the process would be the harder line, but a call that a future C library
+//! makes in the place of one on the list would then take the network down.
+//! - A call that is new, as of Linux 5.1, is not there (`ENOSYS`): the library goes back to the older one that it knows.
+//! - A call that the library makes in the midst of starting or ending a thread, when it has blocked all signals, fails with `EPERM`.
+//! - All others fail with `EPERM`, too, and are counted by their number: the kernel sends a signal (`SECCOMP_RET_TRAP`), whose
+//!   [handler](watch_refusals) does both. (With the signal blocked it would kill.)
+//! - Where other programs are to be started under the filter, which have no such handler, the kernel itself makes the call fail, and
+//!   writes a line into its own log.
 
 use std::{
     cell::Cell,
@@ -30,6 +33,9 @@ const ARCHITECTURE: Option<u32> = None;
 /// With this bit a number is of the x32 ABI on x86-64, where most calls have a second number. The other architectures have no
 /// numbers as high.
 const X32: u32 = 1 << 30;
+
+/// The first number of the calls that were added since Linux 5.1, which are the same on all architectures.
+const NEW: u32 = 424;
 
 /// Numbers that are counted one by one: more than there are calls.
 const COUNTED: usize = 1_024;
@@ -63,20 +69,12 @@ pub enum When {
     Lacks(usize, u32),
 }
 
-/// What a filter does with a call that it does not let pass.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refusal {
-    /// The call fails and the kernel logs it: also in other programs.
-    Logged,
-    /// The call fails and is counted here: for threads of a process that [watches](watch_refusals).
-    Counted,
-}
-
 /// A filter, ready to be installed.
 #[derive(Clone, Debug)]
 pub struct Filter {
     program: Vec<libc::sock_filter>,
-    refusal: Refusal,
+    /// What is refused is for the kernel's log.
+    logged: bool,
 }
 
 const LOAD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
@@ -99,71 +97,32 @@ fn branch(code: u16, k: u32, then: u8, otherwise: u8) -> libc::sock_filter {
     }
 }
 
+const PASS: u32 = libc::SECCOMP_RET_ALLOW;
+const COUNT: u32 = libc::SECCOMP_RET_TRAP;
+const FAIL: u32 = libc::SECCOMP_RET_ERRNO | libc::EPERM as u32;
+const IS_NOT_THERE: u32 = libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32;
+
 impl Filter {
-    /// Lets pass nothing but `calls`; those that come most often first. `None` for a processor whose calls are not known here.
-    pub fn allowing(calls: &[Call], refusal: Refusal) -> Option<Self> {
-        Self::new(calls, refusal, Verdict::Pass)
-    }
-
-    /// Lets pass everything but `calls`. `None` for a processor whose calls are not known here.
-    pub fn refusing(calls: &[libc::c_long], refusal: Refusal) -> Option<Self> {
-        let calls: Vec<Call> = calls
-            .iter()
-            .map(|&number| Call {
-                number,
-                when: When::Always,
-            })
-            .collect();
-        Self::new(&calls, refusal, Verdict::Refuse)
-    }
-
-    /// `listed`: what happens to `calls`; the opposite happens to all others.
-    fn new(calls: &[Call], refusal: Refusal, listed: Verdict) -> Option<Self> {
-        let architecture = ARCHITECTURE?;
-        let refuse = match refusal {
-            Refusal::Logged => libc::SECCOMP_RET_ERRNO | libc::EPERM as u32,
-            Refusal::Counted => libc::SECCOMP_RET_TRAP,
-        };
-        let [listed, others] = match listed {
-            Verdict::Pass => [libc::SECCOMP_RET_ALLOW, refuse],
-            Verdict::Refuse => [refuse, libc::SECCOMP_RET_ALLOW],
-        };
-        let mut program = vec![
-            step(LOAD, offset_of!(libc::seccomp_data, arch) as u32),
-            branch(IF_EQUAL, architecture, 1, 0),
-            step(RETURN, refuse),
-            step(LOAD, offset_of!(libc::seccomp_data, nr) as u32),
-            // A second number of a call that is on the list must not get past it.
-            branch(IF_AT_LEAST, X32, 0, 1),
-            step(RETURN, refuse),
-        ];
-        for Call { number, when } in calls {
-            // Linux' numbers are small.
-            let number = *number as u32;
-            let argument = |index: usize| {
-                let low = offset_of!(libc::seccomp_data, args) + index * size_of::<u64>();
-                step(LOAD, low as u32)
-            };
-            match *when {
-                When::Always => program.extend([branch(IF_EQUAL, number, 0, 1), step(RETURN, listed)]),
-                When::Is(index, value) => program.extend([
-                    branch(IF_EQUAL, number, 0, 4),
-                    argument(index),
-                    branch(IF_EQUAL, value, 0, 1),
-                    step(RETURN, listed),
-                    step(RETURN, others),
-                ]),
-                When::Lacks(index, bits) => program.extend([
-                    branch(IF_EQUAL, number, 0, 4),
-                    argument(index),
-                    branch(IF_ANY_BIT, bits, 1, 0),
-                    step(RETURN, listed),
-                    step(RETURN, others),
-                ]),
-            }
+    /// Lets pass nothing but `calls`; those that come most often first. Of what it refuses, `quiet` is not counted. For threads of a
+    /// process that [watches](watch_refusals). `None` for a processor whose calls are not known here.
+    pub fn allowing(calls: &[Call], quiet: &[libc::c_long]) -> Option<Self> {
+        let mut program = beginning(COUNT)?;
+        for call in calls {
+            program.extend(decide(call, PASS, COUNT));
         }
-        program.push(step(RETURN, others));
-        Some(Self { program, refusal })
+        program.extend([branch(IF_AT_LEAST, NEW, 0, 1), step(RETURN, IS_NOT_THERE)]);
+        program.extend(quiet.iter().flat_map(|&number| always(number, FAIL)));
+        program.push(step(RETURN, COUNT));
+        Some(Self { program, logged: false })
+    }
+
+    /// Lets pass everything but `calls`, also in the programs that are started under it. `None` for a processor whose calls are not
+    /// known here.
+    pub fn refusing(calls: &[libc::c_long]) -> Option<Self> {
+        let mut program = beginning(FAIL)?;
+        program.extend(calls.iter().flat_map(|&number| always(number, FAIL)));
+        program.push(step(RETURN, PASS));
+        Some(Self { program, logged: true })
     }
 
     /// Puts the calling thread under the filter, for ever, beside those that it is under already.
@@ -192,22 +151,53 @@ impl Filter {
                 Err(io::Error::last_os_error())
             }
         };
-        match self.refusal {
-            // Before Linux 4.14 refusals cannot be logged.
-            Refusal::Logged => set(libc::SECCOMP_FILTER_FLAG_LOG).or_else(|_| set(0)),
-            Refusal::Counted => set(0),
+        if self.logged {
+            // Before Linux 4.14 they cannot be.
+            set(libc::SECCOMP_FILTER_FLAG_LOG).or_else(|_| set(0))
+        } else {
+            set(0)
         }
     }
 }
 
-#[derive(Clone, Copy)]
-enum Verdict {
-    Pass,
-    Refuse,
+/// What stands in front: calls of another architecture, and second numbers of calls, are refused. What follows finds the call's number
+/// loaded.
+fn beginning(refuse: u32) -> Option<Vec<libc::sock_filter>> {
+    Some(vec![
+        step(LOAD, offset_of!(libc::seccomp_data, arch) as u32),
+        branch(IF_EQUAL, ARCHITECTURE?, 1, 0),
+        step(RETURN, refuse),
+        step(LOAD, offset_of!(libc::seccomp_data, nr) as u32),
+        branch(IF_AT_LEAST, X32, 0, 1),
+        step(RETURN, refuse),
+    ])
 }
 
-/// Makes calls fail that a filter with [`Refusal::Counted`] refuses, in any thread of this process: to be called before the first
-/// of those is installed, without which the process would be killed.
+/// For this call `verdict`, whatever its arguments are.
+fn always(number: libc::c_long, verdict: u32) -> [libc::sock_filter; 2] {
+    // Linux' numbers are small.
+    [branch(IF_EQUAL, number as u32, 0, 1), step(RETURN, verdict)]
+}
+
+/// For this call `verdict` if its condition holds, `otherwise` if not; all others go on behind it.
+fn decide(call: &Call, verdict: u32, otherwise: u32) -> Vec<libc::sock_filter> {
+    let (index, condition) = match call.when {
+        When::Always => return always(call.number, verdict).to_vec(),
+        When::Is(index, value) => (index, branch(IF_EQUAL, value, 0, 1)),
+        When::Lacks(index, bits) => (index, branch(IF_ANY_BIT, bits, 1, 0)),
+    };
+    let low_half = offset_of!(libc::seccomp_data, args) + index * size_of::<u64>();
+    vec![
+        branch(IF_EQUAL, call.number as u32, 0, 4),
+        step(LOAD, low_half as u32),
+        condition,
+        step(RETURN, verdict),
+        step(RETURN, otherwise),
+    ]
+}
+
+/// Makes calls fail that a filter refuses to any thread of this process, and counts them: to be called before the first that
+/// [allows only some](Filter::allowing) is installed, under which the process would be killed otherwise.
 ///
 /// # Errors
 /// As sigaction(2).
@@ -305,9 +295,17 @@ mod tests {
         result.unwrap_err().raw_os_error()
     }
 
+    /// Counts this call, and lets all others pass.
+    fn counting(number: libc::c_long) -> Filter {
+        let mut program = beginning(COUNT).unwrap();
+        program.extend(always(number, COUNT));
+        program.push(step(RETURN, PASS));
+        Filter { program, logged: false }
+    }
+
     #[test]
     fn a_refused_call_fails_is_counted_and_the_thread_goes_on() {
-        let filter = Filter::refusing(&[libc::SYS_socket], Refusal::Counted).unwrap();
+        let filter = counting(libc::SYS_socket);
         let before = count(libc::SYS_socket);
         let codes = under(&filter, || [(); 2].map(|()| code(UdpSocket::bind("127.0.0.1:0"))));
         assert_eq!(codes, [Some(libc::EPERM); 2]);
@@ -318,7 +316,7 @@ mod tests {
 
     #[test]
     fn the_kernel_itself_makes_a_call_fail_where_nobody_counts() {
-        let filter = Filter::refusing(&[libc::SYS_mkdirat, MKDIR], Refusal::Logged).unwrap();
+        let filter = Filter::refusing(&[libc::SYS_mkdirat, MKDIR]).unwrap();
         let code = under(&filter, || code(fs::create_dir("/tmp/flannel-never-made")));
         assert_eq!(code, Some(libc::EPERM));
     }
@@ -335,8 +333,8 @@ mod tests {
                 number: libc::SYS_kill,
                 when,
             };
-            let filter = Filter::allowing(&[call], Refusal::Counted).unwrap();
-            run(&filter.program, libc::SYS_kill, arguments) == libc::SECCOMP_RET_ALLOW
+            let filter = Filter::allowing(&[call], &[]).unwrap();
+            run(&filter.program, libc::SYS_kill, arguments) == PASS
         };
         for (process, expected) in [(42, true), (43, false), (0, false)] {
             assert_eq!(passes(When::Is(0, 42), [process, 9, 0, 0, 0, 0]), expected, "{process}");
@@ -352,12 +350,30 @@ mod tests {
 
     #[test]
     fn other_architectures_and_second_numbers_are_refused() {
-        let filter = Filter::refusing(&[libc::SYS_mount], Refusal::Counted).unwrap();
-        let pass = |number: libc::c_long| run(&filter.program, number, [0; 6]) == libc::SECCOMP_RET_ALLOW;
-        assert!(pass(libc::SYS_read) && !pass(libc::SYS_mount));
-        assert!(!pass(libc::SYS_read | libc::c_long::from(X32)));
-        let foreign = run_as(&filter.program, 0x4000_0003, libc::SYS_read, [0; 6]);
-        assert_eq!(foreign, libc::SECCOMP_RET_TRAP);
+        let filter = Filter::refusing(&[libc::SYS_mount]).unwrap();
+        let verdict = |number: libc::c_long| run(&filter.program, number, [0; 6]);
+        assert_eq!(verdict(libc::SYS_read), PASS);
+        assert_eq!(verdict(libc::SYS_mount), FAIL);
+        assert_eq!(verdict(libc::SYS_read | libc::c_long::from(X32)), FAIL);
+        assert_eq!(run_as(&filter.program, 0x4000_0003, libc::SYS_read, [0; 6]), FAIL);
+    }
+
+    #[test]
+    fn what_is_new_is_not_there_unless_it_is_on_the_list() {
+        let call = Call {
+            number: libc::SYS_io_uring_enter,
+            when: When::Always,
+        };
+        let filter = Filter::allowing(&[call], &[libc::SYS_clone]).unwrap();
+        for (number, expected) in [
+            (libc::SYS_io_uring_enter, PASS),
+            (libc::SYS_epoll_pwait2, IS_NOT_THERE),
+            (9_999, IS_NOT_THERE),
+            (libc::SYS_clone, FAIL),
+            (libc::SYS_openat, COUNT),
+        ] {
+            assert_eq!(run(&filter.program, number, [0; 6]), expected, "{number}");
+        }
     }
 
     fn run(program: &[libc::sock_filter], number: libc::c_long, arguments: [u64; 6]) -> u32 {
