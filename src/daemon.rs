@@ -3,10 +3,13 @@
 //! In this order, as the original: choose the external interface, wait for the configuration, claim the PublicIP and take the
 //! lease, set up the backend's device, put the traffic rules in place and serve the first picture of the peers, write the subnet
 //! file, say that we are ready; then follow the leases, the kernel and the external interface until a signal comes, this
-//! host's lease is gone, or another host has its PublicIP. SIGTERM and SIGINT end it at any point.
+//! host's subnet or PublicIP is another host's. SIGTERM and SIGINT end it at any point.
+//!
+//! Where the registry does not answer, what an earlier run has [remembered] takes the place of configuration, claim and lease.
 
 mod blackhole;
 mod pace;
+mod remembered;
 
 use std::{
     cell::RefCell,
@@ -29,6 +32,7 @@ use tracing::{info, warn};
 
 use crate::{
     backend::{self, Backend, Overlays, host_gw::HostGw, leftovers, udp, vxlan::Vxlan},
+    engine::Failure,
     kernel::{
         self, Kernel,
         external::{self, External, Wish},
@@ -36,15 +40,17 @@ use crate::{
     },
     lease::{
         acquire::{self, AcquireError, Own},
+        holding::Holding,
         keep,
         presence::{ClaimError, Presence},
         record::{Lease, LeaseValue},
+        remembered::{Memory, Origin},
         republish::republish,
         watch::{self as lease_watch, OwnAddresses, PeerSet, Revoked},
     },
     network::{self, BackendKind, LoadError, Network},
     observe::{self, board::Board, health, outage::Outage, registry::Observed, socket},
-    registry::{Registry, TtlId},
+    registry::Registry,
     rules::{self, Keeper, Mechanism},
     sandbox::{Needs, Sandbox},
     subnet_file::{Previous, Share, SubnetFile, WriteError},
@@ -52,9 +58,10 @@ use crate::{
 
 use blackhole::Blackhole;
 use pace::{Look, Pace};
+use remembered::{Beginning, Unverified};
 
-/// How long the external address may be away before another one of the interface is taken for it: a DHCP client, or a person,
-/// removes and adds it in this time.
+/// How long the external address may be away before another one is taken for it: a DHCP client, or a person, removes and adds it
+/// in this time. And how long it has to be back before it is taken again.
 const AWAY: Duration = Duration::from_secs(2);
 
 /// How long, and how often, a claim to a new PublicIP is tried while another host has it: two hosts may swap addresses, and a
@@ -76,6 +83,8 @@ pub struct Settings {
     pub public_ipv6: Option<Ipv6Addr>,
     /// Where Docker and others read this host's subnet.
     pub subnet_file: PathBuf,
+    /// What is remembered for a start without the registry.
+    pub memory: Memory,
     /// How much of the lease's time is left when it is renewed.
     pub renew_margin: Duration,
     /// Where `/healthz`, `/readyz` and `/metrics` answer.
@@ -119,15 +128,18 @@ pub enum Error {
     /// A worker of the engine has stopped.
     #[error("the packet engine has failed: {0}")]
     Engine(String),
-    /// The subnet file cannot be written.
-    #[error(transparent)]
-    SubnetFile(#[from] WriteError),
     /// The health port cannot be opened.
     #[error(transparent)]
     Health(#[from] health::Error),
-    /// Our lease is gone.
+    /// Our subnet is another host's.
     #[error(transparent)]
     Revoked(#[from] Revoked),
+    /// The network is not what it was.
+    #[error(
+        "the network's configuration was changed while the registry was away, and this daemon began with the one before: \
+         ending, so that the next start takes the new one"
+    )]
+    Reconfigured,
     /// The kernel does not answer.
     #[error(transparent)]
     Kernel(#[from] kernel::Error),
@@ -158,6 +170,10 @@ pub async fn run(mut settings: Settings) -> Result<(), Error> {
         ended = serve(&settings, &board, &claims) => ended,
     };
     tell_supervisor(NotifyState::Stopping);
+    if let Err(Error::Revoked(_) | Error::Claim(_) | Error::Reconfigured) = outcome {
+        // The next start must not begin with what was just found to be another host's, or not so any more.
+        settings.memory.forget();
+    }
     // An unreachable registry forgets the claims by itself.
     let _ = timeout(LEAVE, withdraw(claims.take())).await;
     outcome
@@ -188,7 +204,12 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
     );
     board.external(&external);
     board.waiting_for("the network's configuration");
-    let network = configuration(registry).await?;
+    let Beginning {
+        network,
+        config,
+        remembered,
+    } = remembered::begin(settings, registry).await?;
+    let begun_with = network.clone();
     warn_of_overlap(&network, &external);
     let mechanism = Mechanism::choose(&settings.rules, &network).await?;
     let previous = previous(settings);
@@ -197,16 +218,38 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
     let (failures, mut failed) = mpsc::unbounded_channel();
     let overlays = Overlays::new(&network, &previous).ok_or(backend::Error::NoIpv4(network.backend().kind()))?;
     let mut backend = backend_of(&network, &external, &overlays, settings, failures)?;
-    board.waiting_for("this host's PublicIP to be free");
-    let mut present = Box::pin(keep_presence(
-        claim(&settings.registry, external.public_ip, claims).await?,
-    ));
-    board.waiting_for("a lease");
-    let own = tokio::select! {
-        own = lease(settings, &network, &external, &*backend, &previous) => own?,
-        lost = &mut present => return Err(lost.into()),
+    let value = LeaseValue {
+        public_ipv6: settings.public_ipv6,
+        backend_type: backend.kind().into(),
+        backend_data: backend.data(),
+        ..LeaseValue::new(external.public_ip)
+    };
+    let began_without = remembered.is_some();
+    // What other hosts know of this one must still be so: they cannot be told now.
+    let remembered = remembered.filter(|remembered| remembered.own.lease.value == value);
+    let mut unverified = remembered
+        .as_ref()
+        .map(|remembered| Unverified::begin(registry, remembered, board));
+    let (own, first, mut present) = match remembered {
+        Some(remembered) => {
+            let claiming = Claiming::Wanted(external.public_ip);
+            let present = Box::pin(keep_presence(&settings.registry, claims, claiming));
+            (remembered.own, Some(remembered.peers), present)
+        }
+        None => {
+            board.waiting_for("this host's PublicIP to be free");
+            let claimed = claim(&settings.registry, external.public_ip, claims).await?;
+            let mut present = Box::pin(keep_presence(&settings.registry, claims, Claiming::Done(claimed)));
+            board.waiting_for("a lease");
+            let own = tokio::select! {
+                own = lease(registry, &network, &value, &previous) => own?,
+                lost = &mut present => return Err(lost),
+            };
+            (own, None, present)
+        }
     };
     board.lease(&own.lease, own.left, settings.renew_margin);
+    warn_of_renumbering(settings, &previous, &own);
     leftovers::remove(&mut kernel, &overlays, network.backend())?;
     backend.start(&network, &own.lease)?;
     let dropped = if settings.blackhole_route {
@@ -218,14 +261,27 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
 
     let addresses = OwnAddresses::new(own.lease.value.public_ip);
     let (publish, mut peers) = watch::channel(None);
-    let first = own.lease.clone();
-    let mut watching = pin!(lease_watch::watch(registry, &first, &addresses, &publish));
-    let mut keeping = pin!(keep_lease(
+    let holding = Holding::new(own.clone(), first.is_none());
+    let mut held = holding.subscribe();
+    let mut watching = pin!(lease_watch::watch(
         registry,
-        own.lease.ttl.zip(own.left),
-        settings.renew_margin,
-        board
+        &holding,
+        &addresses,
+        first.as_deref(),
+        &publish
     ));
+    let mut keeping = pin!(keep_lease(registry, &holding, own.left, settings.renew_margin, board));
+    let mut remembering = pin!(settings.memory.keep(
+        Origin::of(registry),
+        &config,
+        holding.subscribe(),
+        publish.subscribe()
+    ));
+    let mut configured: Pin<Box<dyn Future<Output = Result<(), Error>>>> = if began_without {
+        Box::pin(remembered::still_configured(registry, &begun_with))
+    } else {
+        Box::pin(pending())
+    };
     let (in_place, mut rules_in_place) = oneshot::channel();
     let rules = Keeper::new(settings.rules, mechanism, &network, &own.lease.subnets);
     let mut ruling = pin!(rules.keep(in_place, || board.rules_repaired()));
@@ -234,6 +290,7 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
         settings,
         network,
         kernel,
+        first: external.clone(),
         external,
         backend,
         blackhole,
@@ -250,21 +307,57 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
         pace: Pace::new(Instant::now()),
     };
     run.tell_of_backend();
-    run.become_ready()?;
+    run.become_ready();
     loop {
+        if let Some(again) = run.again.take() {
+            run.pace.look_at(again);
+        }
         let (at, look) = run.pace.next(run.backend.recheck_after());
         tokio::select! {
-            Some(reason) = failed.recv() => return Err(Error::Engine(reason)),
-            revoked = &mut watching => return Err(revoked.into()),
+            Some(failure) = failed.recv() => run.engine_failed(failure)?,
+            revoked = &mut watching => {
+                run.let_go();
+                return Err(revoked.into());
+            }
             () = &mut keeping => {}
-            lost = &mut present => return Err(lost.into()),
+            never = &mut remembering => match never {},
+            lost = &mut present => return Err(lost),
+            Ok(()) = held.changed() => {
+                let now = held.borrow_and_update().clone();
+                let another = now.lease.ttl != run.lease.ttl;
+                board.lease(&now.lease, now.left(), settings.renew_margin);
+                run.lease = now.lease;
+                let verified = unverified.as_mut().filter(|unverified| now.confirmed && !unverified.leased);
+                if another || verified.is_some() {
+                    // How much time it has is to be found out.
+                    keeping.set(keep_lease(
+                        registry,
+                        &holding,
+                        run.lease.ttl.map(|_| Duration::ZERO),
+                        settings.renew_margin,
+                        board,
+                    ));
+                }
+                if let Some(verified) = verified {
+                    verified.leased = true;
+                }
+                unverified = unverified.filter(|unverified| !unverified.is_over(board));
+            }
+            same = &mut configured => {
+                configured = Box::pin(pending());
+                same?;
+                if let Some(unverified) = &mut unverified {
+                    unverified.configured = true;
+                }
+                unverified = unverified.filter(|unverified| !unverified.is_over(board));
+            }
             Ok(()) = peers.changed() => {
                 run.peers = peers.borrow_and_update().clone();
                 run.apply()?;
             }
             Ok(()) = &mut rules_in_place, if !run.ruled => {
                 run.ruled = true;
-                run.become_ready()?;
+                run.become_ready();
             }
             never = &mut ruling => match never {},
             changes = monitor.next() => run.notice(&changes.map_err(Error::Monitor)?),
@@ -272,7 +365,7 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
                 if let Some(value) = run.look(look)? {
                     addresses.add(value.public_ip);
                     // The address before is another host's to claim now.
-                    present = Box::pin(keep_presence(None));
+                    present = Box::pin(keep_presence(&settings.registry, claims, Claiming::Done(None)));
                     moving = Box::pin(move_lease(settings, claims, run.lease.clone(), &addresses, value));
                 }
             }
@@ -282,13 +375,12 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
                 let public_ip = lease.value.public_ip;
                 info!("published the new PublicIP {public_ip}");
                 addresses.settle(public_ip);
+                holding.found(lease);
                 // Another host may have the address before, and was taken for this one.
-                watching.set(lease_watch::watch(registry, &first, &addresses, &publish));
-                board.republished(&lease);
-                run.lease = lease;
+                watching.set(lease_watch::watch(registry, &holding, &addresses, None, &publish));
                 let (kept, released) = claims.take().into_iter().partition(|held| held.public_ip() == public_ip);
                 claims.replace(kept);
-                present = Box::pin(keep_presence(claimed));
+                present = Box::pin(keep_presence(&settings.registry, claims, Claiming::Done(claimed)));
                 // The registry may be slow, and forgets them by itself.
                 tokio::spawn(timeout(LEAVE, withdraw(released)));
             }
@@ -314,6 +406,8 @@ struct Run<'a> {
     network: Network,
     kernel: Kernel,
     external: External,
+    /// What was chosen at the start. It is gone back to when it is there again.
+    first: External,
     backend: Box<dyn Backend>,
     blackhole: Blackhole,
     lease: Lease,
@@ -325,9 +419,9 @@ struct Run<'a> {
     ready: bool,
     /// The external interface's coming and going.
     interface: Outage,
-    /// Since when its address has been away.
+    /// Since when its address has been away, or a better one has been there.
     away_since: Option<Instant>,
-    /// When it is to be looked at again.
+    /// When something is to be looked at again.
     again: Option<Instant>,
     /// Whether the subnet file says what is no longer so.
     file_is_due: bool,
@@ -341,26 +435,50 @@ impl Run<'_> {
         let Some(peers) = &self.peers else { return Ok(()) };
         self.backend.apply(peers)?;
         self.board.peers(Arc::clone(peers));
-        self.become_ready()
+        self.become_ready();
+        Ok(())
+    }
+
+    /// A worker has ended by itself. A device that is gone is the backend's to make again.
+    fn engine_failed(&mut self, failure: Failure) -> Result<(), Error> {
+        match failure {
+            Failure::DeviceGone => {
+                self.backend.recheck();
+                self.apply()
+            }
+            Failure::Broken(reason) => Err(Error::Engine(reason)),
+        }
     }
 
     /// Lets packets come, once the rules and the first picture of the peers are in place.
-    fn become_ready(&mut self) -> Result<(), Error> {
+    fn become_ready(&mut self) {
         match &self.peers {
             None => self.board.waiting_for("the other hosts' leases"),
             Some(_) if !self.ruled => self.board.waiting_for("the traffic rules"),
             Some(peers) if !self.ready => {
+                let peers = peers.len();
+                self.keep_file();
+                if self.file_is_due {
+                    self.board.waiting_for("the subnet file to be written");
+                    return;
+                }
                 self.ready = true;
-                self.write_subnet_file()?;
                 self.settings.sandbox.settle(self.needs());
                 self.board.ready();
                 tell_supervisor(NotifyState::Ready);
                 let subnets = self.lease.subnets.to_cidrs();
-                info!("ready: subnet {subnets}, {} peer(s)", peers.len());
+                info!("ready: subnet {subnets}, {peers} peer(s)");
             }
             Some(_) => {}
         }
-        Ok(())
+    }
+
+    /// Lets no more packets out: their source would be another host's.
+    fn let_go(&mut self) {
+        // The udp backend's device goes with it; routes in the kernel would stay.
+        if let Err(error) = self.backend.apply(&PeerSet::new()) {
+            warn!("{error}; packets may still leave with addresses of a subnet that is another host's");
+        }
     }
 
     /// What serving takes from now on, as far as it differs.
@@ -391,28 +509,22 @@ impl Run<'_> {
             self.backend.recheck();
         }
         let news = self.follow_interface()?;
-        if self.file_is_due {
-            // A full or read-only /run is no reason to stop what works.
-            match self.write_subnet_file() {
-                Ok(()) => {
-                    self.file.over();
-                    self.file_is_due = false;
-                }
-                Err(error) => drop(self.file.failed(&observe::chain(&error))),
-            }
+        if self.file_is_due && self.ready {
+            self.keep_file();
         }
         self.blackhole.keep(&mut self.kernel);
         self.settings.sandbox.tell_of_refusals();
         self.apply()?;
         self.pace.looked(look, Instant::now());
-        if let Some(again) = self.again.take() {
-            self.pace.look_at(again);
-        }
         Ok(news)
     }
 
+    fn look_again_at(&mut self, then: Instant) {
+        self.again = Some(self.again.map_or(then, |again| again.min(then)));
+    }
+
     fn follow_interface(&mut self) -> Result<Option<LeaseValue>, Error> {
-        let now = match external::again(&mut self.kernel, &self.settings.external, &self.external) {
+        let now = match external::again(&mut self.kernel, &self.settings.external, &self.external, &self.first) {
             Ok(now) => now,
             Err(error) => {
                 // The pause is the kernel's next news.
@@ -428,7 +540,7 @@ impl Run<'_> {
         if now.address != self.external.address {
             let since = *self.away_since.get_or_insert(Instant::now());
             if since.elapsed() < AWAY {
-                self.again = Some(since + AWAY);
+                self.look_again_at(since + AWAY);
                 return Ok(None);
             }
         }
@@ -475,7 +587,22 @@ impl Run<'_> {
         }
     }
 
-    fn write_subnet_file(&self) -> Result<(), Error> {
+    /// Writes the subnet file, later again if that fails: a full or read-only /run is no reason to stop what works.
+    fn keep_file(&mut self) {
+        match self.write_subnet_file() {
+            Ok(()) => {
+                self.file.over();
+                self.file_is_due = false;
+            }
+            Err(error) => {
+                self.file_is_due = true;
+                let pause = self.file.failed(&observe::chain(&error));
+                self.look_again_at(Instant::now() + pause);
+            }
+        }
+    }
+
+    fn write_subnet_file(&self) -> Result<(), WriteError> {
         let subnets = self.lease.subnets;
         let file = SubnetFile {
             ipv4: self.network.ipv4().map(|plan| Share {
@@ -489,8 +616,13 @@ impl Run<'_> {
             mtu: self.backend.mtu(),
             ip_masq: self.settings.rules.masquerade,
         };
-        file.write_atomically(&self.settings.subnet_file)?;
-        info!("wrote {}", self.settings.subnet_file.display());
+        let path = &self.settings.subnet_file;
+        match file.write_atomically(path) {
+            Ok(()) => info!("wrote {}", path.display()),
+            // As after a restart.
+            Err(error) if file.is_at(path) => warn!("{error}; but it says already what it has to"),
+            Err(error) => return Err(error),
+        }
         Ok(())
     }
 }
@@ -538,17 +670,17 @@ fn previous(settings: &Settings) -> Previous {
 }
 
 /// Waits for a configuration; an invalid one is an error at once.
-async fn configuration(registry: &dyn Registry) -> Result<Network, Error> {
+async fn configuration(registry: &dyn Registry) -> Result<(Network, String), Error> {
     let mut outage = Outage::of("reading the network's configuration");
     let mut missing_said = false;
     loop {
-        match network::load(registry).await {
-            Ok(parsed) => {
+        match network::load_with_text(registry).await {
+            Ok((parsed, text)) => {
                 outage.over();
                 for warning in &parsed.warnings {
                     warn!("{warning}");
                 }
-                return Ok(parsed.network);
+                return Ok((parsed.network, text));
             }
             Err(missing @ LoadError::Missing { .. }) => {
                 outage.over();
@@ -587,12 +719,26 @@ fn warn_of_overlap(network: &Network, external: &External) {
     }
 }
 
+/// Containers keep their addresses until somebody gives them others.
+fn warn_of_renumbering(settings: &Settings, previous: &Previous, own: &Own) {
+    let now = own.lease.subnets.v4();
+    if let Some(before) = previous.subnet
+        && before != now
+    {
+        warn!(
+            "this host's subnet is {now}, and was {before} in the run before: containers are cut off until Docker, or what else \
+             reads {}, is started again",
+            settings.subnet_file.display()
+        );
+    }
+}
+
 fn backend_of(
     network: &Network,
     external: &External,
     overlays: &Overlays,
     settings: &Settings,
-    failures: mpsc::UnboundedSender<String>,
+    failures: mpsc::UnboundedSender<Failure>,
 ) -> Result<Box<dyn Backend>, backend::Error> {
     let kind = network.backend().kind();
     if network.ipv6().is_some() && kind != BackendKind::Udp {
@@ -657,21 +803,14 @@ async fn claim_after_others(
 
 /// Takes this host's lease, as long as it takes the registry to answer.
 async fn lease(
-    settings: &Settings,
+    registry: &dyn Registry,
     network: &Network,
-    external: &External,
-    backend: &dyn Backend,
+    value: &LeaseValue,
     previous: &Previous,
 ) -> Result<Own, Error> {
-    let value = LeaseValue {
-        public_ipv6: settings.public_ipv6,
-        backend_type: backend.kind().into(),
-        backend_data: backend.data(),
-        ..LeaseValue::new(external.public_ip)
-    };
     let mut outage = Outage::of("taking a lease");
     loop {
-        match acquire::acquire(&*settings.registry, network, &value, previous).await {
+        match acquire::acquire(registry, network, value, previous).await {
             Ok(own) => {
                 outage.over();
                 return Ok(own);
@@ -684,10 +823,20 @@ async fn lease(
     }
 }
 
-/// `time`: what the lease's life hangs on, and how much of it there is.
-async fn keep_lease(registry: &dyn Registry, time: Option<(TtlId, Duration)>, margin: Duration, board: &Board) {
-    if let Some((ttl, left)) = time {
-        keep::keep(registry, ttl, left, margin, |left| board.renewed(left)).await;
+/// `left`: how much time the lease has; `None`: it is a reservation.
+async fn keep_lease(
+    registry: &dyn Registry,
+    holding: &Holding,
+    left: Option<Duration>,
+    margin: Duration,
+    board: &Board,
+) {
+    if let Some((ttl, left)) = holding.now().lease.ttl.zip(left) {
+        keep::keep(registry, ttl, left, margin, |left| {
+            board.renewed(left);
+            holding.renewed(left);
+        })
+        .await;
     }
     // A reservation needs no keeping; of a lease that ran out the watch tells.
     pending().await
@@ -700,11 +849,24 @@ async fn withdraw(claims: Vec<Arc<Presence>>) {
     }
 }
 
+/// How far the claim to the PublicIP is.
+enum Claiming {
+    /// Still to be made: the registry did not answer.
+    Wanted(Ipv4Addr),
+    /// Made; `None` where the registry does not let us.
+    Done(Option<Arc<Presence>>),
+}
+
 /// Keeps the claim for as long as this is awaited; returns when another daemon has it.
-async fn keep_presence(presence: Option<Arc<Presence>>) -> ClaimError {
-    match presence {
-        Some(presence) => presence.keep().await,
-        None => pending().await,
+async fn keep_presence(registry: &Arc<dyn Registry>, claims: &Claims, claiming: Claiming) -> Error {
+    let claimed = match claiming {
+        Claiming::Wanted(public_ip) => claim(registry, public_ip, claims).await,
+        Claiming::Done(claimed) => Ok(claimed),
+    };
+    match claimed {
+        Ok(Some(presence)) => presence.keep().await.into(),
+        Ok(None) => pending().await,
+        Err(error) => error,
     }
 }
 

@@ -34,6 +34,7 @@ pub mod cli;
 pub mod daemon;
 pub mod doctor;
 pub mod engine;
+mod files;
 mod json;
 pub mod kernel;
 pub mod lab;

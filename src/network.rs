@@ -461,9 +461,20 @@ fn write_it(key: &str, registry: &str, similar: &[String]) -> String {
 /// # Errors
 /// [`LoadError::Missing`] and [`LoadError::Invalid`] last until somebody writes a configuration.
 pub async fn load(registry: &dyn Registry) -> Result<Parsed, LoadError> {
+    Ok(load_with_text(registry).await?.0)
+}
+
+/// As [`load`], with the text of the configuration.
+///
+/// # Errors
+/// See [`LoadError`].
+pub async fn load_with_text(registry: &dyn Registry) -> Result<(Parsed, String), LoadError> {
     let stored = load_stored(registry).await?;
     let key = registry.full_key(CONFIG_KEY);
-    Network::parse(&stored).map_err(|source| LoadError::Invalid { key, source })
+    match Network::parse(&stored) {
+        Ok(parsed) => Ok((parsed, stored)),
+        Err(source) => Err(LoadError::Invalid { key, source }),
+    }
 }
 
 /// The text of the configuration, right or wrong.

@@ -10,17 +10,14 @@
 //! the address that the host's bridge takes, its first: that is what `docker --bip` wants.
 
 use std::{
-    fs::{self, File, Permissions},
-    io::{self, Write},
+    fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    os::unix::fs::PermissionsExt,
-    path::{Path, PathBuf},
-    process,
+    path::Path,
 };
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use crate::network::Block;
+use crate::{files, network::Block};
 
 /// What the file says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,41 +77,13 @@ impl SubnetFile {
     /// # Errors
     /// Which step failed, on what.
     pub fn write_atomically(&self, path: &Path) -> Result<(), WriteError> {
-        let failed = |doing: &'static str, on: &Path| {
-            let on = on.to_owned();
-            move |reason| WriteError { doing, on, reason }
-        };
-        // A bare file name has the empty path as its directory.
-        let dir = path
-            .parent()
-            .filter(|dir| !dir.as_os_str().is_empty())
-            .unwrap_or(Path::new("."));
-        fs::create_dir_all(dir).map_err(failed("make the directory", dir))?;
-
-        // In the same directory, since only within a file system a rename replaces in one step. The name has the process
-        // in it: another daemon that is given the same file must not write into ours.
-        let mut name = path.file_name().unwrap_or_default().to_owned();
-        name.push(format!(".{}.tmp", process::id()));
-        let temporary = dir.join(name);
-        let written = self.write_to(&temporary).map_err(failed("write", &temporary));
-        let renamed = written.and_then(|()| fs::rename(&temporary, path).map_err(failed("replace", path)));
-        if renamed.is_err() {
-            // It may not even be there, and the first error is the one to tell.
-            let _ = fs::remove_file(&temporary);
-        }
-        renamed?;
-        // The rename itself lasts only once the directory is on the disk.
-        File::open(dir)
-            .and_then(|dir| dir.sync_all())
-            .map_err(failed("flush the directory", dir))
+        // Programs of other users read it.
+        files::replace(path, self.render().as_bytes(), 0o644).map_err(WriteError)
     }
 
-    fn write_to(&self, path: &Path) -> io::Result<()> {
-        let mut file = File::create(path)?;
-        // Programs of other users read it, whatever the umask of the daemon is.
-        file.set_permissions(Permissions::from_mode(0o644))?;
-        file.write_all(self.render().as_bytes())?;
-        file.sync_all()
+    /// Whether the file at `path` says exactly this.
+    pub fn is_at(&self, path: &Path) -> bool {
+        fs::read(path).is_ok_and(|text| text == self.render().as_bytes())
     }
 }
 
@@ -180,18 +149,12 @@ fn block<N: Block>(value: &str) -> Option<N> {
 
 /// The subnet file could not be written.
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "cannot {doing} {on}: {reason}; check that the daemon may write there, or give another place with --subnet-file"
-)]
-pub struct WriteError {
-    doing: &'static str,
-    on: PathBuf,
-    reason: io::Error,
-}
+#[error("{0}; check that the daemon may write there, or give another place with --subnet-file")]
+pub struct WriteError(files::ReplaceError);
 
 #[cfg(test)]
 mod tests {
-    use std::env;
+    use std::{env, fs::File, os::unix::fs::PermissionsExt, path::PathBuf, process};
 
     use proptest::prelude::*;
 

@@ -12,14 +12,16 @@ use std::{
     time::{Duration, Instant},
 };
 
+use arc_swap::ArcSwap;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use tokio::sync::mpsc::UnboundedSender;
 use tracing::{info, warn};
 
 use crate::{
     engine::{
-        Engine, IcmpSource, Offloads, Parts,
+        Engine, Failure, IcmpSource, Offloads, Parts,
         admission::{self, Admission},
+        counters::Counters,
         io::Way,
         peers::PeerIds,
     },
@@ -61,6 +63,10 @@ const MOST_DEFAULT_WORKERS: usize = 16;
 
 /// The way to move packets that is the better one where the kernel has both: the benchmark decides.
 const BEST_WAY: Way = Way::Mmsg;
+
+/// How long a device lives at least before it is made again when somebody removes it: who does so each time must not keep this
+/// host busy.
+const LIFETIME: Duration = Duration::from_secs(1);
 
 /// How the TUN device is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -110,24 +116,34 @@ pub struct Udp {
     mtu: u32,
     routes: Routes,
     peers: Arc<Mutex<PeerIds>>,
-    failures: UnboundedSender<String>,
+    failures: UnboundedSender<Failure>,
     sandbox: Sandbox,
-    /// For each worker, until the engine takes them.
-    sockets: Vec<Vec<UdpSocket>>,
+    /// Each worker's. They outlive the engine: what comes while another one is made waits in them.
+    sockets: Vec<Arc<[UdpSocket]>>,
     /// What it was started with.
     started: Option<(Network, Lease)>,
+    /// `None` also while the device cannot be made again.
     running: Option<Running>,
+    /// What the workers have counted, on which those of the next engine go on.
+    counters: Vec<Arc<Counters>>,
+    repairs: Repairs,
+    /// What is told, of the engine that runs or of the last one that did.
+    facts: Option<Arc<ArcSwap<Facts>>>,
     /// Whether others may have changed the device.
     unsure: bool,
     trouble: Outage,
+    /// How long to wait before what did not work is tried again.
+    again_after: Option<Duration>,
 }
 
 /// What there is once the device is set up.
 struct Running {
     /// Stops when it is dropped, and the device goes with it.
-    _engine: Engine,
+    engine: Engine,
     /// The device's.
     index: u32,
+    /// When the device was made.
+    since: Instant,
     facts: Arc<Facts>,
 }
 
@@ -141,7 +157,7 @@ impl Udp {
         external: &External,
         configuration: network::Udp,
         options: Options,
-        failures: UnboundedSender<String>,
+        failures: UnboundedSender<Failure>,
         sandbox: Sandbox,
     ) -> Result<Self, Error> {
         let mtu = mtu_over(external)?;
@@ -166,8 +182,12 @@ impl Udp {
             sockets,
             started: None,
             running: None,
+            counters: Vec::new(),
+            repairs: Repairs::default(),
+            facts: None,
             unsure: false,
             trouble: Outage::of("looking after the TUN device"),
+            again_after: None,
         })
     }
 
@@ -217,69 +237,8 @@ impl Backend for Udp {
     }
 
     fn start(&mut self, network: &Network, own: &Lease) -> Result<(), Error> {
-        let (device, tun_offload) = self.open_device()?;
-        let index = udp_device::configure(
-            &mut Kernel::open()?,
-            &device.name,
-            self.mtu,
-            &self.external,
-            network,
-            own,
-        )?;
-        let offload = self.options.offload;
-        let offloads = Offloads {
-            tun_tcp: tun_offload >= TunOffload::Tcp,
-            tun_udp: tun_offload == TunOffload::TcpUdp,
-            udp_segment: offload && self.sockets.iter().flatten().all(udp::can_segment),
-            udp_gro: offload && self.sockets.iter().all(|sockets| udp::enable_gro(&sockets[0]).is_ok()),
-        };
-        let (way, refused) = choose_way(self.options.io, uring::probe);
-        if let Some(reason) = refused {
-            warn!("cannot use io_uring: {reason}; packets are moved with system calls (--io=mmsg) instead");
-        }
-        let failures = self.failures.clone();
-        let parts = Parts {
-            queues: device.queues,
-            sockets: std::mem::take(&mut self.sockets),
-            routes: self.routes.clone(),
-            admission: Admission::new(source_check(self.configuration.source_check), own.subnets.nets()),
-            icmp_source: icmp_source(own),
-            offloads,
-            way,
-            pin: self.options.pin,
-            busy_poll: self.options.busy_poll,
-        };
-        // Nobody listens any more when the daemon is ending.
-        let failed = move |reason| drop(failures.send(reason));
-        let confined = self.sandbox.workers(way == Way::Uring);
-        let engine = Engine::start(parts, move || confined.confine(), failed).map_err(Error::Engine)?;
-        info!(
-            "{} is up: address {}, MTU {}, {} worker{}, UDP {}:{} on {}, I/O {way}, offloads: {offloads}",
-            device.name,
-            own.subnets.v4().addr(),
-            self.mtu,
-            self.workers,
-            if self.workers == 1 { "" } else { "s" },
-            self.external.address,
-            self.configuration.port,
-            self.external.name,
-        );
-        let facts = Arc::new(Facts {
-            device: device.name,
-            mtu: self.mtu,
-            way,
-            options: self.options,
-            observer: engine.observer().clone(),
-            peers: Arc::clone(&self.peers),
-            repairs: Repairs::default(),
-        });
-        self.running = Some(Running {
-            _engine: engine,
-            index,
-            facts,
-        });
         self.started = Some((network.clone(), own.clone()));
-        Ok(())
+        self.make(network, own)
     }
 
     fn apply(&mut self, peers: &PeerSet) -> Result<(), Error> {
@@ -303,7 +262,7 @@ impl Backend for Udp {
         let Some(running) = &self.running else { return false };
         let overlay = self.started.as_ref().and_then(|(network, _)| network.ipv4());
         self.unsure |= changes.iter().any(|change| match change {
-            Change::Link { name, .. } => *name == running.facts.device,
+            Change::Link { index, .. } => *index == running.index,
             Change::Address { link, .. } => *link == running.index,
             Change::Route { found, gone } => {
                 *gone && overlay.is_some_and(|plan| found.route.to == IpNet::V4(plan.network()))
@@ -318,37 +277,35 @@ impl Backend for Udp {
         self.unsure = true;
     }
 
+    fn recheck_after(&self) -> Option<Duration> {
+        self.again_after
+    }
+
     /// Another address needs other sockets, and so another engine: packets are lost until it runs. All else is changed in place.
     fn adapt(&mut self, external: &External) -> Result<(), Error> {
         let mtu = mtu_over(external)?;
         if external.address != self.external.address {
             let sockets = bind_on(external, &self.configuration, self.workers)?;
-            self.tell_counters();
-            self.running = None;
+            self.stop();
             self.sockets = sockets;
             self.external = external.clone();
             self.mtu = mtu;
-            if let Some((network, own)) = self.started.take()
-                && let Err(error) = self.start(&network, &own)
-            {
-                // There is no way back: the daemon ends, and its supervisor tries again.
-                drop(self.failures.send(error.to_string()));
-                return Err(error);
-            }
+            self.look_after_device();
             return Ok(());
         }
         if let Some(running) = &mut self.running
             && mtu != self.mtu
         {
             let mut kernel = Kernel::open()?;
-            let device = &running.facts.device;
-            if let Some(link) = kernel.links()?.iter().find(|link| link.name == *device) {
-                kernel.set_mtu(link.index, mtu)?;
+            if kernel.links()?.iter().any(|link| link.index == running.index) {
+                kernel.set_mtu(running.index, mtu)?;
             }
             running.facts = Arc::new(Facts {
                 mtu,
                 ..(*running.facts).clone()
             });
+            let facts = Arc::clone(&running.facts);
+            self.tell(&facts);
         }
         self.external = external.clone();
         self.mtu = mtu;
@@ -356,8 +313,8 @@ impl Backend for Udp {
     }
 
     fn report(&self) -> Option<Report> {
-        let facts = Arc::clone(&self.running.as_ref()?.facts);
-        Some(Arc::new(move || facts.report()))
+        let facts = Arc::clone(self.facts.as_ref()?);
+        Some(Arc::new(move || facts.load().report()))
     }
 }
 
@@ -368,21 +325,136 @@ impl Drop for Udp {
 }
 
 impl Udp {
-    /// Looks whether the device is still as it was set up, if that is not certain.
+    /// Makes the device, and an engine on it.
+    fn make(&mut self, network: &Network, own: &Lease) -> Result<(), Error> {
+        let (device, tun_offload) = self.open_device()?;
+        let index = udp_device::configure(
+            &mut Kernel::open()?,
+            &device.name,
+            self.mtu,
+            &self.external,
+            network,
+            own,
+        )?;
+        let offload = self.options.offload;
+        let offloads = Offloads {
+            tun_tcp: tun_offload >= TunOffload::Tcp,
+            tun_udp: tun_offload == TunOffload::TcpUdp,
+            udp_segment: offload && self.sockets.iter().flat_map(|sockets| &**sockets).all(udp::can_segment),
+            udp_gro: offload && self.sockets.iter().all(|sockets| udp::enable_gro(&sockets[0]).is_ok()),
+        };
+        let (way, refused) = choose_way(self.options.io, uring::probe);
+        if let Some(reason) = refused {
+            warn!("cannot use io_uring: {reason}; packets are moved with system calls (--io=mmsg) instead");
+        }
+        let failures = self.failures.clone();
+        let parts = Parts {
+            queues: device.queues,
+            sockets: self.sockets.clone(),
+            counters: self.counters.clone(),
+            routes: self.routes.clone(),
+            admission: Admission::new(source_check(self.configuration.source_check), own.subnets.nets()),
+            icmp_source: icmp_source(own),
+            offloads,
+            way,
+            pin: self.options.pin,
+            busy_poll: self.options.busy_poll,
+        };
+        // Nobody listens any more when the daemon is ending.
+        let failed = move |failure| drop(failures.send(failure));
+        let confined = self.sandbox.workers(way == Way::Uring);
+        let engine = Engine::start(parts, move || confined.confine(), failed).map_err(Error::Engine)?;
+        info!(
+            "{} is up: address {}, MTU {}, {} worker{}, UDP {}:{} on {}, I/O {way}, offloads: {offloads}",
+            device.name,
+            own.subnets.v4().addr(),
+            self.mtu,
+            self.workers,
+            if self.workers == 1 { "" } else { "s" },
+            self.external.address,
+            self.configuration.port,
+            self.external.name,
+        );
+        let facts = Arc::new(Facts {
+            device: device.name,
+            mtu: self.mtu,
+            way,
+            options: self.options,
+            observer: engine.observer().clone(),
+            peers: Arc::clone(&self.peers),
+            repairs: self.repairs.clone(),
+        });
+        self.tell(&facts);
+        self.running = Some(Running {
+            engine,
+            index,
+            since: Instant::now(),
+            facts,
+        });
+        Ok(())
+    }
+
+    /// Looks whether the device is still as it was set up, if that is not certain, and makes it again if it is gone.
     fn look_after_device(&mut self) {
-        let (true, Some(running), Some((network, own))) = (self.unsure, &self.running, &self.started) else {
+        let Some((network, own)) = self.started.clone() else {
             return;
         };
-        let Facts { device, repairs, .. } = &*running.facts;
-        let looked = Kernel::open()
-            .and_then(|mut kernel| udp_device::put_right(&mut kernel, device, self.mtu, network, own, repairs));
-        match looked {
+        if self.running.is_some() && !self.unsure {
+            return;
+        }
+        self.again_after = None;
+        match self.put_right(&network, &own) {
             Ok(()) => {
-                self.unsure = false;
+                self.unsure = self.again_after.is_some();
                 self.trouble.over();
             }
-            // The next news, or the next full look, tries again.
-            Err(error) => drop(self.trouble.failed(&chain(&error))),
+            Err(error) => self.again_after = Some(self.trouble.failed(&chain(&error))),
+        }
+    }
+
+    fn put_right(&mut self, network: &Network, own: &Lease) -> Result<(), Error> {
+        if let Some(running) = &self.running {
+            let mut kernel = Kernel::open()?;
+            let device = &running.facts.device;
+            if udp_device::put_right(
+                &mut kernel,
+                running.index,
+                device,
+                self.mtu,
+                network,
+                own,
+                &self.repairs,
+            )? {
+                return Ok(());
+            }
+            if let Some(left) = LIFETIME.checked_sub(running.since.elapsed()) {
+                self.again_after = Some(left);
+                return Ok(());
+            }
+            warn!(
+                "the TUN device {device} was removed: making it again, as packets are lost without it; to be rid of it, stop \
+                 this daemon"
+            );
+            self.repairs.count("device");
+        }
+        self.stop();
+        self.make(network, own)
+    }
+
+    /// Ends the engine, and with it the device.
+    fn stop(&mut self) {
+        self.tell_counters();
+        if let Some(Running { engine, .. }) = self.running.take() {
+            let observer = engine.observer().clone();
+            drop(engine);
+            self.counters = observer.counters();
+        }
+    }
+
+    fn tell(&mut self, facts: &Arc<Facts>) {
+        match &self.facts {
+            Some(told) => told.store(Arc::clone(facts)),
+            None => self.facts = Some(Arc::new(ArcSwap::new(Arc::clone(facts)))),
         }
     }
 
@@ -399,7 +471,7 @@ impl Udp {
     }
 }
 
-fn bind_on(external: &External, configuration: &network::Udp, workers: usize) -> Result<Vec<Vec<UdpSocket>>, Error> {
+fn bind_on(external: &External, configuration: &network::Udp, workers: usize) -> Result<Vec<Arc<[UdpSocket]>>, Error> {
     let address = SocketAddr::new(external.address.into(), configuration.port);
     bind(address, workers, configuration.source_ports.get()).map_err(|source| Error::Bind {
         address,
@@ -416,7 +488,7 @@ fn bind_on(external: &External, configuration: &network::Udp, workers: usize) ->
 
 /// For each worker the tunnel's socket and, with more than one source port, one for each of the others. All workers have the same
 /// ports, so that a flow keeps its own whichever worker carries it.
-fn bind(address: SocketAddr, workers: usize, source_ports: u8) -> io::Result<Vec<Vec<UdpSocket>>> {
+fn bind(address: SocketAddr, workers: usize, source_ports: u8) -> io::Result<Vec<Arc<[UdpSocket]>>> {
     let begun = Instant::now();
     let tunnel = loop {
         match udp::bind_group(address, workers) {
@@ -434,7 +506,7 @@ fn bind(address: SocketAddr, workers: usize, source_ports: u8) -> io::Result<Vec
             .zip(source)
             .for_each(|(of_worker, socket)| of_worker.push(socket));
     }
-    Ok(sockets)
+    Ok(sockets.into_iter().map(Arc::from).collect())
 }
 
 /// The way that the user wants, or the one that every kernel has, with the reason, where that is refused.

@@ -68,21 +68,22 @@ pub(super) fn configure(
     Ok(index)
 }
 
-/// Puts back what others have taken from the device; what that was is counted. A device that is gone is the workers' to tell.
+/// Puts back what others have taken from the device `index`; what that was is counted. Whether the device is there at all.
 ///
 /// # Errors
 /// As the kernel says.
 pub(super) fn put_right(
     kernel: &mut Kernel,
+    index: u32,
     name: &str,
     mtu: u32,
     network: &Network,
     own: &Lease,
     repairs: &Repairs,
-) -> Result<(), kernel::Error> {
+) -> Result<bool, kernel::Error> {
     let links = kernel.links()?;
-    let Some(link) = links.iter().find(|link| link.name == name) else {
-        return Ok(());
+    let Some(link) = links.iter().find(|link| link.index == index) else {
+        return Ok(false);
     };
     let mut put_right = Vec::new();
     if !link.up || link.mtu != mtu {
@@ -109,7 +110,7 @@ pub(super) fn put_right(
         );
         put_right.into_iter().for_each(|what| repairs.count(what));
     }
-    Ok(())
+    Ok(true)
 }
 
 /// The subnet's own address, alone: the rest of the subnet is the containers'.

@@ -19,6 +19,7 @@ use crate::{
     backend::udp::{self, IoMode, TunMode},
     daemon::Settings,
     kernel::external::Wish,
+    lease::remembered::{self, Memory},
     observe::socket,
     registry::Registry,
     rules,
@@ -95,6 +96,11 @@ pub struct RunArgs {
         help_heading = "Subnet"
     )]
     pub subnet_file: PathBuf,
+
+    /// Where to remember configuration and leases, for a start while etcd is away (default: beside the subnet file, as in
+    /// /run/flannel/subnet.state)
+    #[arg(long, env = "FLANNELD_STATE_FILE", value_name = "FILE", help_heading = "Subnet")]
+    pub state_file: Option<PathBuf>,
 
     /// Renew the lease this many minutes before it runs out, 1 to 1439
     #[arg(
@@ -286,7 +292,7 @@ pub struct RunArgs {
 impl RunArgs {
     /// The files that the daemon writes.
     pub(super) fn written(&self) -> Vec<PathBuf> {
-        vec![self.subnet_file.clone(), self.socket()]
+        vec![self.subnet_file.clone(), self.socket(), self.state()]
     }
 
     fn socket(&self) -> PathBuf {
@@ -294,9 +300,14 @@ impl RunArgs {
         named.unwrap_or_else(|| socket::beside(&self.subnet_file))
     }
 
+    fn state(&self) -> PathBuf {
+        let named = self.state_file.clone();
+        named.unwrap_or_else(|| remembered::beside(&self.subnet_file))
+    }
+
     /// What the daemon is to do with `registry`, confined by `sandbox`.
     pub fn settings(self, registry: Arc<dyn Registry>, sandbox: Sandbox) -> Settings {
-        let status_socket = self.socket();
+        let (status_socket, state_file) = (self.socket(), self.state());
         Settings {
             registry,
             external: Wish {
@@ -307,6 +318,7 @@ impl RunArgs {
             },
             public_ipv6: self.public_ipv6,
             status_socket,
+            memory: Memory::new(state_file),
             subnet_file: self.subnet_file,
             renew_margin: self.subnet_lease_renew_margin,
             health: (self.healthz_port != 0).then(|| SocketAddr::new(self.healthz_ip, self.healthz_port)),

@@ -99,12 +99,16 @@ fn render(status: &Status, before: Option<(&Status, Duration)>) -> String {
         status.pid,
         duration(status.uptime_seconds),
         match (&status.waiting_for, status.ready) {
+            (_, true) if status.degraded.is_some() => "ready, but DEGRADED".to_owned(),
             (_, true) => "ready".to_owned(),
             (Some(what), false) => format!("NOT READY, waiting for {what}"),
             (None, false) => "NOT READY".to_owned(),
         }
     )];
     let mut fact = |name: &str, text: String| lines.push(format!("{name:<10} {text}"));
+    if let Some(why) = &status.degraded {
+        fact("Degraded", why.clone());
+    }
     if let Some(backend) = &status.backend {
         let device = backend
             .device

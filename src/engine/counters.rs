@@ -128,10 +128,11 @@ impl Counters {
 }
 
 /// The errors of `sendmsg(2)` that tell of a network or a firewall rather than of a bug (udp(7), ip(7)).
-const SEND_ERRORS: [(i32, &str); 9] = [
+const SEND_ERRORS: [(i32, &str); 10] = [
     (libc::EAGAIN, "EAGAIN"),
     (libc::ENOBUFS, "ENOBUFS"),
     (libc::EPERM, "EPERM"),
+    (libc::EACCES, "EACCES"),
     (libc::ENETUNREACH, "ENETUNREACH"),
     (libc::EHOSTUNREACH, "EHOSTUNREACH"),
     (libc::ECONNREFUSED, "ECONNREFUSED"),

@@ -29,8 +29,9 @@ pub(super) const FLUSH_BYTES: usize = 128 << 10;
 /// Packets after which a batch is sent, if they are small: some 100 µs of work.
 pub(super) const FLUSH_PACKETS: usize = 128;
 
-/// How often a full socket is tried again before a message is dropped, and how long it is waited for each time. 4 ms in all:
-/// the time in which the socket's buffer drains at 8 Gbit/s; longer only moves the loss into the device's queue.
+/// How often, for all messages of a batch together, a full socket is tried again before one is dropped, and how long it is waited
+/// for each time. 4 ms in all: the time in which the socket's buffer drains at 8 Gbit/s; longer only moves the loss into the
+/// device's queue, and holds up what comes from the peers.
 const SEND_RETRIES: u32 = 4;
 const SEND_WAIT: Duration = Duration::from_millis(1);
 
@@ -70,7 +71,7 @@ impl Egress {
     /// Moves one batch; whether there may be more.
     ///
     /// # Errors
-    /// When the device is gone.
+    /// `EBADFD` when the device is gone.
     pub(super) fn run(
         &mut self,
         packets: &mut impl PacketSource,
@@ -93,9 +94,6 @@ impl Egress {
                     break;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) if error.raw_os_error() == Some(libc::EBADFD) => {
-                    return Err(io::Error::other("its TUN device was removed"));
-                }
                 Err(error) => return Err(error),
             };
             if !self.take(packet, packets.arena(), local, context) {
@@ -156,6 +154,7 @@ impl Egress {
 
     /// Sends the planned messages.
     fn send(&mut self, arena: &[u8], peers: &mut impl DatagramSink, context: &Context<'_>) {
+        let mut patience = Patience(SEND_RETRIES);
         for source in 0..self.sources {
             let runs = self.plan.runs().iter().enumerate();
             let of_source = runs.filter(|(_, run)| run.lane.source == source);
@@ -168,11 +167,14 @@ impl Egress {
                     arena,
                     chosen,
                 };
-                runs.send(source, &mut self.messages, peers, context);
+                runs.send(source, &mut self.messages, peers, &mut patience, context);
             }
         }
     }
 }
+
+/// How often a full socket is still waited for.
+struct Patience(u32);
 
 /// Some of a plan's runs and the bytes of all, for one call.
 struct Runs<'a> {
@@ -196,13 +198,20 @@ impl<'a> Runs<'a> {
     }
 
     /// Sends all of them. What the socket does not take in time, or refuses, is dropped and counted.
-    fn send(&self, source: u8, messages: &mut Vec<Message>, peers: &mut impl DatagramSink, context: &Context<'_>) {
+    fn send(
+        &self,
+        source: u8,
+        messages: &mut Vec<Message>,
+        peers: &mut impl DatagramSink,
+        patience: &mut Patience,
+        context: &Context<'_>,
+    ) {
         messages.clear();
         messages.extend((0..self.chosen.len()).map(|index| message(self.run(index))));
         let mut done = 0;
         while done < messages.len() {
             let rest = (done..messages.len()).flat_map(|index| self.bytes(self.run(index)));
-            match send_patiently(source, &messages[done..], rest, peers) {
+            match patience.send(source, &messages[done..], rest, peers) {
                 Ok(count) => {
                     for index in done..done + count {
                         let run = self.run(index);
@@ -214,8 +223,10 @@ impl<'a> Runs<'a> {
                     let run = self.run(done);
                     done += 1;
                     if run.count > 1 && refuses_segments(&error) {
-                        context.fallbacks.route_refuses(run.lane.peer.addr, &error);
-                        self.send_singly(run, peers, context);
+                        // A route that takes none singly either has something else to say by it.
+                        if self.send_singly(run, peers, patience, context) {
+                            context.fallbacks.route_refuses(run.lane.peer.addr, &error);
+                        }
                     } else {
                         count_unsent(run.lane, run.count, &error, context);
                     }
@@ -224,8 +235,15 @@ impl<'a> Runs<'a> {
         }
     }
 
-    /// Sends the datagrams of a run one by one. Only where a route refuses them together.
-    fn send_singly(&self, run: &'a Run<Lane>, peers: &mut impl DatagramSink, context: &Context<'_>) {
+    /// Sends the datagrams of a run one by one; whether any was taken. Only where a route refuses them together.
+    fn send_singly(
+        &self,
+        run: &'a Run<Lane>,
+        peers: &mut impl DatagramSink,
+        patience: &mut Patience,
+        context: &Context<'_>,
+    ) -> bool {
+        let mut any_taken = false;
         let bytes: Vec<u8> = self.bytes(run).flatten().copied().collect();
         for datagram in bytes.chunks(run.segment) {
             let message = Message {
@@ -233,30 +251,36 @@ impl<'a> Runs<'a> {
                 slices: 1,
                 segment: None,
             };
-            match send_patiently(run.lane.source, &[message], std::iter::once(datagram), peers) {
-                Ok(_) => count_sent(run.lane, 1, datagram.len(), context),
+            match patience.send(run.lane.source, &[message], std::iter::once(datagram), peers) {
+                Ok(_) => {
+                    any_taken = true;
+                    count_sent(run.lane, 1, datagram.len(), context);
+                }
                 Err(error) => count_unsent(run.lane, 1, &error, context),
             }
         }
+        any_taken
     }
 }
 
-/// Sends what of `messages` the socket takes, and waits a little for it while it is full.
-fn send_patiently<'a>(
-    source: u8,
-    messages: &[Message],
-    slices: impl Iterator<Item = &'a [u8]> + Clone,
-    peers: &mut impl DatagramSink,
-) -> io::Result<usize> {
-    let mut retries = SEND_RETRIES;
-    loop {
-        match peers.send(source, messages, slices.clone()) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if is_full(&error) && retries > 0 => {
-                retries -= 1;
-                peers.wait_writable(source, SEND_WAIT);
+impl Patience {
+    /// Sends what of `messages` the socket takes, and waits a little for it while it is full.
+    fn send<'a>(
+        &mut self,
+        source: u8,
+        messages: &[Message],
+        slices: impl Iterator<Item = &'a [u8]> + Clone,
+        peers: &mut impl DatagramSink,
+    ) -> io::Result<usize> {
+        loop {
+            match peers.send(source, messages, slices.clone()) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if is_full(&error) && self.0 > 0 => {
+                    self.0 -= 1;
+                    peers.wait_writable(source, SEND_WAIT);
+                }
+                result => return result,
             }
-            result => return result,
         }
     }
 }

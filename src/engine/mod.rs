@@ -24,7 +24,7 @@ use std::{
     fmt,
     io::Result,
     net::{Ipv4Addr, Ipv6Addr, UdpSocket},
-    sync::Arc,
+    sync::{Arc, Weak},
     thread::{self, JoinHandle},
     time::Duration,
 };
@@ -51,8 +51,11 @@ use worker::{Setup, Worker};
 pub struct Parts {
     /// One for each worker.
     pub queues: Vec<TunQueue>,
-    /// For each worker its sockets: the tunnel's own, on the tunnel's port, and behind it one for each source port more.
-    pub sockets: Vec<Vec<UdpSocket>>,
+    /// For each worker its sockets: the tunnel's own, on the tunnel's port, and behind it one for each source port more. Whoever
+    /// keeps them open has what comes while no engine runs.
+    pub sockets: Vec<Arc<[UdpSocket]>>,
+    /// What the workers of an engine that is gone have counted, on which these go on; a worker that has none begins at zero.
+    pub counters: Vec<Arc<Counters>>,
     /// Where packets go; published to from outside while the engine runs.
     pub routes: Routes,
     /// Whose packets get in.
@@ -117,6 +120,15 @@ enum Command {
     Stop,
 }
 
+/// Why a worker has ended by itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Failure {
+    /// Its device is gone. Another one needs another engine.
+    DeviceGone,
+    /// What cannot be mended.
+    Broken(String),
+}
+
 /// A running engine. Dropping it stops it.
 pub struct Engine {
     workers: Vec<Handle>,
@@ -140,8 +152,8 @@ pub struct Observer {
 #[derive(Debug, Clone)]
 struct Observed {
     counters: Arc<Counters>,
-    /// The worker's own, to ask it what it has dropped.
-    socket: Arc<UdpSocket>,
+    /// The worker's, to ask the tunnel's own what it has dropped; not kept open by that.
+    sockets: Weak<[UdpSocket]>,
 }
 
 impl Engine {
@@ -153,9 +165,10 @@ impl Engine {
     pub fn start(
         parts: Parts,
         confine: impl Fn() + Send + Clone + 'static,
-        on_failure: impl Fn(String) + Send + Clone + 'static,
+        on_failure: impl Fn(Failure) + Send + Clone + 'static,
     ) -> Result<Self> {
         let count = parts.queues.len();
+        let mut counted = parts.counters.into_iter();
         debug_assert_eq!(count, parts.sockets.len(), "sockets for each queue");
         let processors = if parts.pin { processors()? } else { Vec::new() };
         let mut engine = Self {
@@ -167,7 +180,7 @@ impl Engine {
             },
         };
         for (index, (queue, sockets)) in parts.queues.into_iter().zip(parts.sockets).enumerate() {
-            let counters = Arc::new(Counters::default());
+            let counters = counted.next().unwrap_or_default();
             let setup = Setup {
                 routes: parts.routes.clone(),
                 admission: parts.admission,
@@ -180,7 +193,7 @@ impl Engine {
                 counters: Arc::clone(&counters),
                 fallbacks: Arc::clone(&engine.observer.fallbacks),
             };
-            let socket = sockets.first().ok_or(std::io::ErrorKind::InvalidInput)?.try_clone()?;
+            let observed = Arc::downgrade(&sockets);
             let (commands, inbox) = crossbeam_channel::unbounded();
             let (started, outcome) = crossbeam_channel::bounded(1);
             let start = Start {
@@ -204,7 +217,7 @@ impl Engine {
             let bell = outcome.recv().unwrap_or(Err(std::io::ErrorKind::Other.into()))?;
             engine.observer.workers.push(Observed {
                 counters,
-                socket: Arc::new(socket),
+                sockets: observed,
             });
             engine.workers.push(Handle {
                 commands,
@@ -227,12 +240,19 @@ impl Observer {
         self.offloads
     }
 
+    /// What the workers count, each its own: for the next engine, when this one is gone.
+    pub fn counters(&self) -> Vec<Arc<Counters>> {
+        self.workers.iter().map(|worker| Arc::clone(&worker.counters)).collect()
+    }
+
     /// What the engine has done so far. No worker waits for it.
     pub fn snapshot(&self) -> Snapshot {
         let workers = self.workers.iter().map(|worker| {
-            // A kernel that does not tell counts nothing.
-            let overflow = udp::dropped(&worker.socket).unwrap_or_default();
-            WorkerSnapshot::of(&worker.counters, overflow.into())
+            // A kernel that does not tell counts nothing, and a socket that is closed has nothing to tell.
+            let sockets = worker.sockets.upgrade();
+            let tunnel = sockets.as_ref().and_then(|sockets| sockets.first());
+            let overflow = tunnel.and_then(|socket| udp::dropped(socket).ok());
+            WorkerSnapshot::of(&worker.counters, overflow.unwrap_or_default().into())
         });
         let merge = self.fallbacks.limit(crate::offload::Merge {
             tcp: self.offloads.tun_tcp,
@@ -255,7 +275,7 @@ impl Observer {
 struct Start {
     index: usize,
     queue: TunQueue,
-    sockets: Vec<UdpSocket>,
+    sockets: Arc<[UdpSocket]>,
     setup: Setup,
     processor: Option<usize>,
     inbox: Receiver<Command>,
@@ -266,9 +286,9 @@ struct Start {
 /// A worker's thread. It makes its way to the kernel itself: a ring belongs to the thread that has made it.
 fn work<I: Io>(
     start: Start,
-    make: impl FnOnce(TunQueue, Vec<UdpSocket>) -> Result<(I, Bell)>,
+    make: impl FnOnce(TunQueue, Arc<[UdpSocket]>) -> Result<(I, Bell)>,
     confine: impl FnOnce(),
-    on_failure: &impl Fn(String),
+    on_failure: &impl Fn(Failure),
 ) {
     let index = start.index;
     let panicked = PanicReport { on_failure, index };
@@ -280,7 +300,10 @@ fn work<I: Io>(
             confine();
             drop(start.started.send(Ok(bell)));
             if let Err(reason) = Worker::new(io, start.setup).run(&start.inbox) {
-                on_failure(format!("worker {index} cannot go on: {reason}"));
+                on_failure(match reason.raw_os_error() {
+                    Some(libc::EBADFD) => Failure::DeviceGone,
+                    _ => Failure::Broken(format!("worker {index} cannot go on: {reason}")),
+                });
             }
         }
     }
@@ -319,16 +342,16 @@ impl Drop for Engine {
 }
 
 /// Reports a worker's panic: dropped only when the worker unwinds.
-struct PanicReport<'a, F: Fn(String)> {
+struct PanicReport<'a, F: Fn(Failure)> {
     on_failure: &'a F,
     index: usize,
 }
 
-impl<F: Fn(String)> Drop for PanicReport<'_, F> {
+impl<F: Fn(Failure)> Drop for PanicReport<'_, F> {
     fn drop(&mut self) {
-        (self.on_failure)(format!(
+        (self.on_failure)(Failure::Broken(format!(
             "worker {} panicked: this is a bug, please report it with the log",
             self.index
-        ));
+        )));
     }
 }

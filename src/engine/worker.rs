@@ -373,6 +373,36 @@ mod tests {
     }
 
     #[test]
+    fn a_socket_that_stays_full_is_waited_for_once_a_batch_and_not_for_each_message() {
+        let mut worker = worker(ALL, 1);
+        worker.io().peers.refuse_all = Some(libc::EAGAIN);
+        for number in [2, 3, 2, 3] {
+            let port = 1_000 + u16::from(number);
+            // Of different lengths, so that each is a message of its own.
+            let payload = vec![0; 100 + worker.io().packets.waiting.len()];
+            worker
+                .io()
+                .packets
+                .waiting
+                .push_back(plain(&packet(number, port, &payload)));
+        }
+        worker.drain().unwrap();
+        assert_eq!(worker.counters.dropped(Drop::QueueFull), 4);
+        assert_eq!(worker.io().peers.waits.get(), 4, "4 ms in all");
+    }
+
+    #[test]
+    fn a_route_that_takes_nothing_at_all_is_not_said_to_refuse_segments() {
+        let mut worker = worker(ALL, 1);
+        // What a blackhole says, and a socket whose address is gone.
+        worker.io().peers.refuse_all = Some(libc::EINVAL);
+        worker.io().packets.waiting.push_back(superpacket(100, &[7; 950]).0);
+        worker.drain().unwrap();
+        assert_eq!(worker.counters.dropped(Drop::SendFailed), 10);
+        assert!(!worker.fallbacks.is_refusing(peer(2).addr));
+    }
+
+    #[test]
     fn a_firewall_costs_the_message_that_it_refuses_and_no_other() {
         let mut worker = worker(ALL, 1);
         worker.io().peers.refuse_next.push_back(libc::EPERM);

@@ -116,14 +116,15 @@ pub fn choose(kernel: &mut Kernel, wish: &Wish) -> Result<External, Error> {
 }
 
 /// What has become of the interface that was `chosen` earlier: another MTU, index or address. It stays the chosen one for
-/// as long as it has its address. Then the wish decides again, but not the default route: that leads elsewhere when a VPN
-/// comes up, and may be gone for a moment when addresses are changed.
+/// as long as it has its address, unless the one that was chosen `first` has its address again: that one the wish has led to.
+/// When both have lost theirs the wish decides again, but not the default route: that leads elsewhere when a VPN comes up, and
+/// may be gone for a moment when addresses are changed.
 ///
 /// # Errors
 /// When there is no such interface, or it has no address: it may come back.
-pub fn again(kernel: &mut Kernel, wish: &Wish, chosen: &External) -> Result<External, Error> {
+pub fn again(kernel: &mut Kernel, wish: &Wish, chosen: &External, first: &External) -> Result<External, Error> {
     let links = kernel.links()?;
-    if let Some(still) = still(&links, chosen) {
+    if let Some(still) = still(&links, first).or_else(|| still(&links, chosen)) {
         return Ok(still);
     }
     let path = match wish.can_reach {
@@ -409,13 +410,16 @@ mod tests {
             ..chosen.clone()
         };
         assert_eq!(still(&links, &chosen), Some(expected));
-        links[1].addresses.remove(1);
+        let address = links[1].addresses.remove(1);
         assert_eq!(still(&links, &chosen), None);
         let moved = choose_again(&links, None, &Wish::default(), &chosen).unwrap();
         assert_eq!(
             (moved.index, moved.address.to_string(), moved.public_ip.to_string()),
             (9, "10.0.2.99".into(), "10.0.2.99".into())
         );
+        // And it is the chosen one again when its address comes back, behind the other.
+        links[1].addresses.push(address);
+        assert_eq!(still(&links, &chosen).unwrap().address, chosen.address);
     }
 
     #[test]

@@ -23,8 +23,8 @@ pub const SUBNET_TTL: Duration = Duration::from_secs(86_400);
 /// in a row mean that something else is wrong.
 const TRIES: u32 = 100;
 
-/// This host's lease, as just taken.
-#[derive(Debug, Clone)]
+/// This host's lease, as just taken or as remembered.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Own {
     /// What stands in the registry.
     pub lease: Lease,

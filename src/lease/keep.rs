@@ -2,21 +2,30 @@
 
 use std::time::Duration;
 
-use tracing::debug;
+use tokio::time::Instant;
+use tracing::{debug, warn};
 
 use crate::{
     observe::outage::Outage,
     registry::{Registry, TtlId},
 };
 
-/// The pause between tries when the registry fails, as the original's.
+/// The longest pause between tries when the registry fails, as the original's.
 const RETRY: Duration = Duration::from_secs(60);
+/// The shortest: when the lease is about to run out, or has run out by this host's count. About as often the watch tries.
+const HASTE: Duration = Duration::from_secs(2);
+/// So many tries there are at least in what is left: a registry that is back before the end is not missed.
+const CHANCES: u32 = 4;
 /// The shortest pause after a success: a margin as long as the whole time to live must not make a busy loop.
 const SHORTEST: Duration = Duration::from_secs(10);
 
-/// Refreshes `ttl` whenever `margin` of it is left (`--subnet-lease-renew-margin`); `left`: how much it has now. `renewed` is
-/// told how much it has after each time. Returns
-/// when there is none any more: the record is gone, which the watch of the leases tells, or has become a reservation.
+/// Refreshes `ttl` whenever `margin` of it is left (`--subnet-lease-renew-margin`); `left`: how much it has now, 0: that is not
+/// known, so that it is refreshed at once. `renewed` is told how much it has after each time. Returns when there is none any
+/// more: the record is gone, which the watch of the leases tells, or has become a reservation.
+///
+/// A lease that runs out while the registry cannot be reached is only told of, not given up: most likely the registry is away
+/// for all, and then nobody else can be given the subnet. Where only this host is cut off the others withdraw its routes in
+/// time, and let in no more packets of it.
 pub async fn keep(
     registry: &dyn Registry,
     ttl: TtlId,
@@ -26,7 +35,11 @@ pub async fn keep(
 ) {
     let mut outage = Outage::of("renewing this host's lease");
     loop {
-        tokio::time::sleep(left.saturating_sub(margin).max(SHORTEST)).await;
+        let runs_out = (!left.is_zero()).then(|| Instant::now() + left);
+        if !left.is_zero() {
+            tokio::time::sleep(left.saturating_sub(margin).max(SHORTEST)).await;
+        }
+        let mut told = false;
         left = loop {
             match registry.refresh(ttl).await {
                 Ok(Some(left)) => break left,
@@ -37,7 +50,16 @@ pub async fn keep(
                 }
                 Err(error) => {
                     outage.failed(&error.to_string());
-                    tokio::time::sleep(RETRY).await;
+                    let left = runs_out.map(|end| end.saturating_duration_since(Instant::now()));
+                    if left == Some(Duration::ZERO) && !told {
+                        told = true;
+                        warn!(
+                            "this host's lease has run out by its own count, for want of a registry that renews it: another \
+                             host may be given its subnet. Packets go on, since the registry may be away for all"
+                        );
+                    }
+                    let pause = left.map_or(HASTE, |left| left / CHANCES).clamp(HASTE, RETRY);
+                    tokio::time::sleep(pause).await;
                 }
             }
         };
@@ -94,6 +116,28 @@ mod tests {
         registry.set_available(true);
         tokio::time::sleep(DAY).await;
         assert!(is_there(&registry).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_registry_that_is_back_seconds_before_the_end_is_in_time() {
+        let (registry, _task) = kept(HOUR).await;
+        registry.set_available(false);
+        tokio::time::sleep(DAY - Duration::from_secs(5)).await;
+        registry.set_available(true);
+        tokio::time::sleep(DAY).await;
+        assert!(is_there(&registry).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_of_unknown_time_is_refreshed_at_once() {
+        let (registry, task) = kept(HOUR).await;
+        task.abort();
+        tokio::time::sleep(DAY / 2).await;
+        let ttl = registry.get("subnets/10.5.1.0-24").await.unwrap().unwrap().ttl.unwrap();
+        let shared = registry.clone();
+        tokio::spawn(async move { keep(&shared, ttl, Duration::ZERO, HOUR, |_| {}).await });
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert!(registry.time_left(ttl).await.unwrap().unwrap() > DAY - HOUR);
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,13 +1,17 @@
 //! Leases: which host has which subnet.
 //!
 //! [`record`] is their form in the registry, [`choose`] picks a free subnet (pure), [`acquire`] takes this host's lease,
-//! [`keep`] keeps it, [`republish`] changes what it says, [`watch`] follows everybody's, and [`presence`] guards against two
-//! hosts with one PublicIP.
+//! [`keep`] keeps it, [`republish`] changes what it says, [`watch`] follows everybody's and puts this host's own right,
+//! [`holding`] is what all of these know of it, [`remembered`] is that on disk, and [`presence`] guards against two hosts with
+//! one PublicIP.
 
 pub mod acquire;
 pub mod choose;
+pub mod holding;
 pub mod keep;
 pub mod presence;
 pub mod record;
+pub mod remembered;
 pub mod republish;
+mod restore;
 pub mod watch;

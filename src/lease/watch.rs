@@ -1,20 +1,25 @@
 //! Watching all leases: what the registry holds, as the [`PeerSet`] that the backend is to serve.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     net::Ipv4Addr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
-use tokio::sync::watch::Sender;
+use tokio::{sync::watch::Sender, time::Instant};
 use tracing::{info, warn};
 
 use crate::{
     observe::outage::Outage,
-    registry::{Event, Record, Registry, Revision},
+    registry::{Event, Record, Registry, Revision, Watch},
 };
 
-use super::record::{BackendType, Lease, SUBNETS, Subnets, subnets_of};
+use super::{
+    holding::Holding,
+    record::{BackendType, Lease, SUBNETS, Subnets, subnets_of},
+    restore::{Failure, Restorer},
+};
 
 /// All other hosts that use this host's backend, by subnet. The leases are shared, so that the whole set can be published anew
 /// for each change to one of thousands.
@@ -60,6 +65,11 @@ impl OwnAddresses {
         self.locked().present.contains(&address)
     }
 
+    /// Whether there is only one: none is about to become another.
+    pub fn settled(&self) -> bool {
+        self.locked().present.len() == 1
+    }
+
     /// Whether a record with this address may have been written by this process.
     pub fn ever_contained(&self, address: Ipv4Addr) -> bool {
         self.locked().ever.contains(&address)
@@ -74,52 +84,124 @@ impl OwnAddresses {
 /// How many peers of one picture are told of one by one.
 const LINES: usize = 50;
 
+/// How long peers are kept that a registry which has lost its data does not know any more: their daemons notice within 13 s that
+/// the one before is gone, ask again within 5 s, and may have to wait for some members of the cluster that do not answer.
+const GRACE: Duration = Duration::from_secs(60);
+
 /// Why this host's lease is no longer its own.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the lease {} of this host was revoked: {reason}. Exiting, so that a restart takes a new one", subnets.to_cidrs())]
+#[error(
+    "this host has lost its subnet {}: {reason}. Ending, so that not one more packet leaves with an address that is another \
+     host's by now. The next start takes another subnet; Docker, or what else reads the subnet file, has to be started again \
+     then", subnets.to_cidrs()
+)]
 pub struct Revoked {
     subnets: Subnets,
     reason: String,
 }
 
-/// Follows the leases and publishes the peers after each change, until this host's own lease is gone.
+impl Revoked {
+    pub(super) fn new(subnets: Subnets, reason: &str) -> Self {
+        Self {
+            subnets,
+            reason: reason.to_owned(),
+        }
+    }
+}
+
+/// Follows the leases and publishes the peers after each change, until this host's own lease is another's. `first`: the peers'
+/// records as they were last known, published until the registry tells.
 ///
 /// A watch that ends, for whatever reason, is begun again with a new picture; peers that are in both are left alone,
-/// because what is published is the whole set.
+/// because what is published is the whole set. Peers that are gone while the registry cannot be reached are kept till it can:
+/// nobody could tell them from those that are still there. This host's own lease is [put right](super::restore) where it can
+/// be, and what stands there is told to `holding`.
 pub async fn watch(
     registry: &dyn Registry,
-    own: &Lease,
+    holding: &Holding,
     addresses: &OwnAddresses,
+    first: Option<&[Record]>,
     peers: &Sender<Option<Arc<PeerSet>>>,
 ) -> Revoked {
     let mut outage = Outage::of("watching the leases");
-    let mut view = View::new(own, addresses.clone());
+    let mut restorer = Restorer::new(holding.clone(), addresses.clone());
+    let mut view = View::new(&holding.now().lease, addresses.clone());
+    if let Some(first) = first {
+        view.peers = view.picture(first.to_vec()).1;
+        view.publish(peers);
+    }
     loop {
         let error = match registry.watch(SUBNETS).await {
             Err(error) => error,
-            Ok((records, mut changes)) => {
+            Ok((records, changes)) => {
                 outage.over();
-                let mut outcome = view.reset(records);
-                loop {
-                    if let Err(revoked) = outcome {
-                        return revoked;
-                    }
-                    // Unread news is replaced: only the latest set matters.
-                    peers.send_if_modified(|published| {
-                        let changed = published.as_deref() != Some(&view.peers);
-                        if changed {
-                            *published = Some(Arc::new(view.peers.clone()));
-                        }
-                        changed
-                    });
-                    match changes.next().await {
-                        Ok(events) => outcome = events.into_iter().try_for_each(|event| view.apply(event)),
-                        Err(error) => break error,
-                    }
+                match follow(registry, &mut view, &mut restorer, records, changes, peers).await {
+                    Failure::Lost(revoked) => return revoked,
+                    Failure::Registry(error) => error,
                 }
             }
         };
         tokio::time::sleep(outage.failed(&error.to_string())).await;
+    }
+}
+
+/// One watch, from its picture to its end.
+async fn follow(
+    registry: &dyn Registry,
+    view: &mut View,
+    restorer: &mut Restorer,
+    records: Vec<Record>,
+    mut changes: Box<dyn Watch>,
+    peers: &Sender<Option<Arc<PeerSet>>>,
+) -> Failure {
+    let (mut own, picture) = view.picture(records);
+    // Before any peer is given up: whether the registry can be believed shows at this host's own lease.
+    let mut again = match restorer.settle(registry, own.take()).await {
+        Ok(settled) => {
+            view.take(picture, settled.went_back);
+            settled.again
+        }
+        Err(failure) => return failure,
+    };
+    loop {
+        view.publish(peers);
+        let due = [again, view.missing_until()].into_iter().flatten().min();
+        let now = tokio::select! {
+            events = changes.next() => match events {
+                Ok(events) => {
+                    let mut own = None;
+                    for event in events {
+                        own = view.apply(event).or(own);
+                    }
+                    own
+                }
+                Err(error) => return Failure::Registry(error),
+            },
+            () = at(due) => {
+                view.give_up_missing();
+                match again {
+                    Some(then) if then <= Instant::now() => match registry.get(&view.own.key()).await {
+                        Ok(record) => Some(record),
+                        Err(error) => return Failure::Registry(error),
+                    },
+                    _ => None,
+                }
+            }
+        };
+        if let Some(record) = now {
+            again = match restorer.settle(registry, record).await {
+                Ok(settled) => settled.again,
+                Err(failure) => return failure,
+            };
+        }
+    }
+}
+
+/// Waits until then, or for ever.
+async fn at(then: Option<Instant>) {
+    match then {
+        Some(then) => tokio::time::sleep_until(then).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -129,6 +211,8 @@ struct View {
     addresses: OwnAddresses,
     backend: BackendType,
     peers: PeerSet,
+    /// Those that a registry which has lost its data does not know again yet, and until when they are kept.
+    missing: Option<(PeerSet, Instant)>,
     /// Records that were warned of, so that each is once.
     warned: HashMap<String, Revision>,
 }
@@ -140,43 +224,114 @@ impl View {
             addresses,
             backend: own.value.backend_type.clone(),
             peers: PeerSet::new(),
+            missing: None,
             warned: HashMap::new(),
         }
     }
 
-    /// Takes a whole new picture.
-    fn reset(&mut self, records: Vec<Record>) -> Result<(), Revoked> {
-        let known = std::mem::take(&mut self.peers);
-        let mut own_seen = false;
+    /// Reads a whole new picture: this host's own record, if it is there, and the peers.
+    fn picture(&mut self, records: Vec<Record>) -> (Option<Record>, PeerSet) {
+        let own_key = self.own.key();
+        let (mut own, mut peers) = (None, PeerSet::new());
         for record in records {
-            own_seen |= record.key == self.own.key();
-            self.put(record)?;
+            if record.key == own_key {
+                own = Some(record);
+            } else if let Some(lease) = self.peer(&record) {
+                peers.insert(lease.subnets, Arc::new(lease));
+            }
+        }
+        (own, peers)
+    }
+
+    /// Takes the peers of a picture for what is. `went_back`: of a registry that has lost data.
+    fn take(&mut self, picture: PeerSet, went_back: bool) {
+        let known = if went_back {
+            self.served()
+        } else {
+            std::mem::take(&mut self.peers)
+        };
+        self.peers = picture;
+        if went_back {
+            let gone = known.iter().filter(|(subnets, _)| !self.peers.contains_key(subnets));
+            let gone: PeerSet = gone.map(|(subnets, lease)| (*subnets, Arc::clone(lease))).collect();
+            if !gone.is_empty() {
+                warn!(
+                    "the registry has lost the leases of {} peers: keeping them for {} s, in which their hosts should have \
+                     them again",
+                    gone.len(),
+                    GRACE.as_secs()
+                );
+                self.missing = Some((gone, Instant::now() + GRACE));
+                return;
+            }
         }
         self.tell_all(&known);
-        if own_seen {
-            Ok(())
-        } else {
-            Err(self.revoked("it is not in the registry any more"))
+    }
+
+    /// What is to be served.
+    fn served(&self) -> PeerSet {
+        let mut served = self.peers.clone();
+        if let Some((missing, _)) = &self.missing {
+            let addresses: HashSet<Ipv4Addr> = self.peers.values().map(|lease| lease.value.public_ip).collect();
+            for (subnets, lease) in missing {
+                // The subnet has another host by now, or the host another subnet.
+                let superseded = addresses.contains(&lease.value.public_ip)
+                    || self.peers.keys().any(|present| present.overlap(subnets));
+                if !superseded {
+                    served.insert(*subnets, Arc::clone(lease));
+                }
+            }
+        }
+        served
+    }
+
+    /// Unread news is replaced: only the latest set matters.
+    fn publish(&self, peers: &Sender<Option<Arc<PeerSet>>>) {
+        // In all but a registry's first minute after it has lost its data no set has to be made for it.
+        let served = self.missing.is_some().then(|| self.served());
+        let served = served.as_ref().unwrap_or(&self.peers);
+        peers.send_if_modified(|published| {
+            let changed = published.as_deref() != Some(served);
+            if changed {
+                *published = Some(Arc::new(served.clone()));
+            }
+            changed
+        });
+    }
+
+    fn missing_until(&self) -> Option<Instant> {
+        self.missing.as_ref().map(|(_, until)| *until)
+    }
+
+    /// Those whose time is over.
+    fn give_up_missing(&mut self) {
+        if self.missing_until().is_some_and(|until| until <= Instant::now())
+            && let Some((missing, _)) = self.missing.take()
+        {
+            for gone in missing.keys().filter(|subnets| !self.peers.contains_key(subnets)) {
+                info!("peer {} is gone", gone.to_cidrs());
+            }
         }
     }
 
-    fn apply(&mut self, event: Event) -> Result<(), Revoked> {
+    /// Takes a change; what this host's own record is, if it is that which has changed.
+    fn apply(&mut self, event: Event) -> Option<Option<Record>> {
         match event {
+            Event::Put(record) if record.key == self.own.key() => return Some(Some(record)),
             Event::Put(record) => {
-                let Some(subnets) = subnets_of(&record.key) else {
-                    return self.put(record);
-                };
+                let lease = self.peer(&record);
+                let subnets = subnets_of(&record.key)?;
                 let known = self.peers.remove(&subnets);
-                self.put(record)?;
-                match (self.peers.get(&subnets), known) {
-                    (Some(lease), known) => self.tell(known.as_deref(), lease),
+                match (lease, known) {
+                    (Some(lease), known) => {
+                        self.tell(known.as_deref(), &lease);
+                        self.peers.insert(subnets, Arc::new(lease));
+                    }
                     (None, Some(_)) => info!("peer {} is gone", subnets.to_cidrs()),
                     (None, None) => {}
                 }
             }
-            Event::Delete { key } if key == self.own.key() => {
-                return Err(self.revoked("its key was deleted or has expired"));
-            }
+            Event::Delete { key } if key == self.own.key() => return Some(None),
             Event::Delete { key } => {
                 self.warned.remove(&key);
                 if let Some(subnets) = subnets_of(&key)
@@ -186,42 +341,37 @@ impl View {
                 }
             }
         }
-        Ok(())
+        None
     }
 
-    /// Adds a record's lease to the peers, if it is one.
-    fn put(&mut self, record: Record) -> Result<(), Revoked> {
-        let lease = match Lease::from_record(&record) {
+    /// The lease of a record that is not this host's own, if it is a peer's.
+    fn peer(&mut self, record: &Record) -> Option<Lease> {
+        let lease = match Lease::from_record(record) {
             Ok(lease) => lease,
             Err(error) => {
-                self.warn_once(&record, &error.to_string());
-                return Ok(());
+                self.warn_once(record, &error.to_string());
+                return None;
             }
         };
-        if lease.subnets == self.own {
-            if !self.addresses.ever_contained(lease.value.public_ip) {
-                return Err(self.revoked(&format!("it now belongs to PublicIP {}", lease.value.public_ip)));
-            }
-        } else if self.addresses.contain(lease.value.public_ip) {
+        let why_not = if self.addresses.contain(lease.value.public_ip) {
             // Left from before a reservation, say: packets sent there would come back here and go round until they die.
-            let text = format!(
+            format!(
                 "skipping {}: it carries this host's PublicIP, but this host uses {}",
                 lease.subnets.to_cidrs(),
                 self.own.to_cidrs()
-            );
-            self.warn_once(&record, &text);
+            )
         } else if lease.value.backend_type != self.backend {
-            let text = format!(
+            format!(
                 "skipping peer {}: its backend is {}, this host's is {}",
                 lease.subnets.to_cidrs(),
                 lease.value.backend_type,
                 self.backend
-            );
-            self.warn_once(&record, &text);
+            )
         } else {
-            self.peers.insert(lease.subnets, Arc::new(lease));
-        }
-        Ok(())
+            return Some(lease);
+        };
+        self.warn_once(record, &why_not);
+        None
     }
 
     /// Says what is new against `known`; if that is much, only how much.
@@ -264,13 +414,6 @@ impl View {
             warn!("{text}");
         }
     }
-
-    fn revoked(&self, reason: &str) -> Revoked {
-        Revoked {
-            subnets: self.own,
-            reason: reason.to_owned(),
-        }
-    }
 }
 
 #[cfg(test)]
@@ -280,7 +423,10 @@ mod tests {
     use tokio::{sync::watch::Receiver, task::JoinHandle};
 
     use super::*;
-    use crate::{lease::record::LeaseValue, registry::memory::MemoryRegistry};
+    use crate::{
+        lease::{acquire::Own, record::LeaseValue},
+        registry::memory::MemoryRegistry,
+    };
 
     const OWN: &str = "subnets/10.5.1.0-24";
 
@@ -289,6 +435,7 @@ mod tests {
         registry: MemoryRegistry,
         peers: Receiver<Option<Arc<PeerSet>>>,
         addresses: OwnAddresses,
+        holding: Holding,
         task: JoinHandle<Revoked>,
     }
 
@@ -303,15 +450,21 @@ mod tests {
             registry.put(key, value).await.unwrap();
         }
         let own = Lease::from_record(&registry.get(OWN).await.unwrap().unwrap()).unwrap();
+        start_with(registry, own, None)
+    }
+
+    /// As one that has `own`, and remembers the records of `first`.
+    fn start_with(registry: MemoryRegistry, own: Lease, first: Option<Vec<Record>>) -> Fixture {
         let (publish, peers) = tokio::sync::watch::channel(None);
-        let shared = registry.clone();
         let addresses = OwnAddresses::new(own.value.public_ip);
-        let known = addresses.clone();
-        let task = tokio::spawn(async move { watch(&shared, &own, &addresses, &publish).await });
+        let holding = Holding::new(Own { lease: own, left: None }, first.is_none());
+        let (shared, known, held) = (registry.clone(), addresses.clone(), holding.clone());
+        let task = tokio::spawn(async move { watch(&shared, &held, &known, first.as_deref(), &publish).await });
         Fixture {
             registry,
             peers,
-            addresses: known,
+            addresses,
+            holding,
             task,
         }
     }
@@ -430,6 +583,8 @@ mod tests {
         watch.addresses.add(Ipv4Addr::new(192, 0, 2, 9));
         watch.registry.put(OWN, &value(9)).await.unwrap();
         watch.addresses.settle(Ipv4Addr::new(192, 0, 2, 9));
+        let stored = watch.registry.get(OWN).await.unwrap().unwrap();
+        watch.holding.found(Lease::from_record(&stored).unwrap());
         // The old address may be another host's now, and the new one is no peer's.
         watch.registry.put("subnets/10.5.3.0-24", &value(1)).await.unwrap();
         watch.registry.put("subnets/10.5.2.0-24", &value(9)).await.unwrap();
@@ -445,31 +600,171 @@ mod tests {
         );
     }
 
+    impl Fixture {
+        /// Waits until the record at this key is as it should be, and held so.
+        async fn expect_own(&self) -> Record {
+            for _ in 0..1_000 {
+                let stored = self.registry.get(OWN).await.unwrap();
+                if let Some(stored) = stored
+                    && Lease::from_record(&stored).is_ok_and(|lease| lease == self.holding.now().lease)
+                    && stored.value == value(1)
+                {
+                    return stored;
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            panic!("{:?} is not {:?}", self.registry.get(OWN).await, self.holding.now());
+        }
+    }
+
     #[tokio::test(start_paused = true)]
-    async fn losing_ones_own_lease_ends_the_watch() {
+    async fn a_lease_that_is_deleted_is_made_again_for_a_day() {
+        let mut watch = start(&[("subnets/10.5.2.0-24", &value(2))]).await;
+        watch.expect(&["10.5.2.0-24@192.0.2.2"]).await;
+        for _ in 0..3 {
+            watch.delete(OWN).await;
+            let made = watch.expect_own().await;
+            let left = watch.registry.time_left(made.ttl.unwrap()).await.unwrap().unwrap();
+            assert!(left > Duration::from_secs(86_000), "{left:?}");
+        }
+        // Also when it happens while nobody looks.
+        watch.registry.set_available(false);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        watch.registry.set_available(true);
+        watch.delete(OWN).await;
+        watch.expect_own().await;
+        assert!(!watch.peers.has_changed().unwrap(), "it concerns no peer");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_that_is_written_over_is_written_again_but_not_in_a_busy_loop() {
+        let mut watch = start(&[]).await;
+        watch.expect(&[]).await;
+        let other_backend = br#"{"PublicIP":"192.0.2.1","PublicIPv6":null,"BackendType":"vxlan"}"#;
+        for wrong in [&b"{broken"[..], b"", other_backend] {
+            watch.registry.put(OWN, wrong).await.unwrap();
+            watch.expect_own().await;
+        }
+        let begun = Instant::now();
+        for _ in 0..5 {
+            watch.registry.put(OWN, b"again").await.unwrap();
+            watch.expect_own().await;
+        }
+        assert!(begun.elapsed() > Duration::from_secs(40), "{:?}", begun.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_that_becomes_a_reservation_stays_one() {
         let mut watch = start(&[]).await;
         watch.expect(&[]).await;
         watch.delete(OWN).await;
-        assert!(watch.task.await.unwrap().to_string().contains("deleted or has expired"));
+        let leased = watch.expect_own().await;
+        watch.registry.put(OWN, &leased.value).await.unwrap();
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert_eq!(watch.expect_own().await.ttl, None);
+        assert_eq!(watch.holding.now().expires, None);
+    }
 
-        let mut watch = start(&[]).await;
-        watch.expect(&[]).await;
-        watch.registry.put(OWN, &value(8)).await.unwrap();
-        assert!(
-            watch
-                .task
-                .await
-                .unwrap()
-                .to_string()
-                .contains("belongs to PublicIP 192.0.2.8")
-        );
-
+    /// How a watch ends when this is done to the registry.
+    async fn lost_by(change: impl AsyncFnOnce(&MemoryRegistry)) -> String {
         let mut watch = start(&[]).await;
         watch.expect(&[]).await;
         watch.registry.set_available(false);
-        tokio::task::yield_now().await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
         watch.registry.set_available(true);
-        watch.delete(OWN).await;
-        assert!(watch.task.await.unwrap().to_string().contains("10.5.1.0/24"));
+        change(&watch.registry).await;
+        watch.task.await.unwrap().to_string()
+    }
+
+    async fn delete_own(registry: &MemoryRegistry) {
+        let record = registry.get(OWN).await.unwrap().unwrap();
+        registry.delete(&record).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_subnet_that_another_host_has_ends_the_watch() {
+        let mut watch = start(&[]).await;
+        watch.expect(&[]).await;
+        watch.registry.put(OWN, &value(8)).await.unwrap();
+        let lost = watch.task.await.unwrap().to_string();
+        for part in ["10.5.1.0/24", "belongs to PublicIP 192.0.2.8", "Docker"] {
+            assert!(lost.contains(part), "{lost}");
+        }
+
+        let lost = lost_by(async |registry| registry.put(OWN, &value(8)).await.unwrap()).await;
+        assert!(lost.contains("belongs to PublicIP 192.0.2.8"), "{lost}");
+        // Or a part of it.
+        let lost = lost_by(async |registry| {
+            registry.put("subnets/10.5.1.128-25", &value(8)).await.unwrap();
+            delete_own(registry).await;
+        })
+        .await;
+        assert!(lost.contains("10.5.1.128/25"), "{lost}");
+        // Or nobody may have it any more.
+        let lost = lost_by(async |registry| {
+            registry.put("config", br#"{"Network":"10.9.0.0/16"}"#).await.unwrap();
+            delete_own(registry).await;
+        })
+        .await;
+        assert!(lost.contains("does not fit"), "{lost}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_empty_registry_gets_the_lease_again_and_costs_no_peer_that_comes_back() {
+        let registry = MemoryRegistry::new();
+        let record = |number: u8, revision| Record {
+            key: format!("subnets/10.5.{number}.0-24"),
+            value: value(number),
+            revision: Revision(revision),
+            ttl: None,
+        };
+        let first = vec![record(2, 701), record(3, 702), record(4, 703)];
+        let own = Lease::from_record(&record(1, 700)).unwrap();
+        let mut watch = start_with(registry, own, Some(first));
+        let all = [
+            "10.5.2.0-24@192.0.2.2",
+            "10.5.3.0-24@192.0.2.3",
+            "10.5.4.0-24@192.0.2.4",
+        ];
+        watch.expect(&all).await;
+        watch.expect_own().await;
+        assert!(watch.holding.now().confirmed);
+        tokio::time::sleep(GRACE / 2).await;
+        assert!(!watch.peers.has_changed().unwrap(), "none is given up yet");
+        // One comes back, one elsewhere, and one does not.
+        watch.registry.put("subnets/10.5.2.0-24", &value(2)).await.unwrap();
+        watch.registry.put("subnets/10.5.9.0-24", &value(3)).await.unwrap();
+        watch
+            .expect(&[
+                "10.5.2.0-24@192.0.2.2",
+                "10.5.4.0-24@192.0.2.4",
+                "10.5.9.0-24@192.0.2.3",
+            ])
+            .await;
+        tokio::time::sleep(GRACE / 4).await;
+        assert!(!watch.peers.has_changed().unwrap(), "time is not over yet");
+        watch.expect(&["10.5.2.0-24@192.0.2.2", "10.5.9.0-24@192.0.2.3"]).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_remembered_is_served_until_the_registry_tells() {
+        let registry = MemoryRegistry::new();
+        registry.put(OWN, &value(1)).await.unwrap();
+        registry.put("subnets/10.5.3.0-24", &value(3)).await.unwrap();
+        let own = Lease::from_record(&registry.get(OWN).await.unwrap().unwrap()).unwrap();
+        registry.set_available(false);
+        let first = ["10.5.2.0-24", "10.5.3.0-24"].map(|subnet| Record {
+            key: format!("subnets/{subnet}"),
+            value: value(if subnet.starts_with("10.5.2") { 2 } else { 3 }),
+            revision: Revision(1),
+            ttl: None,
+        });
+        let mut watch = start_with(registry, own, Some(first.to_vec()));
+        watch.expect(&["10.5.2.0-24@192.0.2.2", "10.5.3.0-24@192.0.2.3"]).await;
+        tokio::time::sleep(Duration::from_secs(600)).await;
+        assert!(!watch.peers.has_changed().unwrap() && !watch.holding.now().confirmed);
+        watch.registry.set_available(true);
+        watch.expect(&["10.5.3.0-24@192.0.2.3"]).await;
+        assert!(watch.holding.now().confirmed);
     }
 }

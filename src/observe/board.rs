@@ -37,6 +37,7 @@ pub type Report = Arc<dyn Fn() -> BackendReport + Send + Sync>;
 struct Notes {
     waiting_for: Option<String>,
     ready: bool,
+    degraded: Option<String>,
     external: Option<External>,
     own: Option<(record::Lease, Option<Instant>)>,
     renew_margin: Duration,
@@ -85,6 +86,11 @@ impl Board {
         notes.ready = true;
     }
 
+    /// The daemon serves, but by what may not be so any more, and why; `None`: that is over.
+    pub fn degraded(&self, why: Option<String>) {
+        self.notes().degraded = why;
+    }
+
     /// The interface that faces the other hosts.
     pub fn external(&self, external: &external::External) {
         self.notes().external = Some(External {
@@ -100,13 +106,6 @@ impl Board {
         let mut notes = self.notes();
         notes.renew_margin = renew_margin;
         notes.own = Some((own.clone(), left.map(|left| Instant::now() + left)));
-    }
-
-    /// The lease says something else now; its time goes on.
-    pub fn republished(&self, lease: &record::Lease) {
-        if let Some((own, _)) = &mut self.notes().own {
-            own.clone_from(lease);
-        }
     }
 
     /// How long the lease has after it was renewed.
@@ -160,10 +159,15 @@ impl Board {
         contact.trouble = trouble;
     }
 
-    /// Whether the daemon serves, and what it waits for if it does not.
+    /// Whether the daemon serves, and what it waits for if it does not, or why what it serves may not be so any more.
     pub fn readiness(&self) -> (bool, Option<String>) {
         let notes = self.notes();
-        (notes.ready, notes.waiting_for.clone())
+        let why = if notes.ready {
+            notes.degraded()
+        } else {
+            notes.waiting_for.clone()
+        };
+        (notes.ready, why)
     }
 
     /// This moment.
@@ -183,6 +187,7 @@ impl Board {
             uptime_seconds: self.0.started.elapsed().as_secs(),
             ready: notes.ready,
             waiting_for: notes.waiting_for.clone(),
+            degraded: notes.degraded(),
             external: notes.external.clone(),
             lease: notes.own.as_ref().map(|(lease, expires)| Lease {
                 subnet: lease.subnets.v4().to_string(),
@@ -207,6 +212,25 @@ impl Board {
             peers: peers.values().map(|lease| peer(lease, report.as_ref())).collect(),
             backend: report.map(|report| report.backend),
         }
+    }
+}
+
+impl Notes {
+    fn degraded(&self) -> Option<String> {
+        self.degraded.clone().or_else(|| self.run_out())
+    }
+
+    /// What there is to say of a lease that was not renewed in time.
+    fn run_out(&self) -> Option<String> {
+        let (lease, expires) = self.own.as_ref()?;
+        let over = (*expires)?.elapsed();
+        (!over.is_zero()).then(|| {
+            format!(
+                "the lease {} ran out {} s ago by this host's count, because the registry did not answer",
+                lease.subnets.to_cidrs(),
+                over.as_secs()
+            )
+        })
     }
 }
 

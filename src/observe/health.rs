@@ -1,5 +1,8 @@
 //! The health port: `/healthz` answers 200 while the process runs, `/readyz` 503 and why until the daemon serves, then 200,
 //! `/metrics` in the format of Prometheus.
+//!
+//! A daemon that serves by what it last knew, because the registry is away, is ready all the same: its packets flow, and who
+//! takes the host out of service for that makes things worse. Its answer says `ok, but degraded` and why.
 
 use std::{collections::HashMap, io, net::SocketAddr};
 
@@ -53,14 +56,15 @@ pub async fn serve(address: SocketAddr, board: Board) -> Result<(), Error> {
 
 /// The answer to `/readyz`; with `?verbose`, each thing that readiness is made of.
 fn ready(board: &Board, verbose: bool) -> (StatusCode, String) {
-    let (ready, waiting_for) = board.readiness();
+    let (ready, why) = board.readiness();
     let code = if ready {
         StatusCode::OK
     } else {
         StatusCode::SERVICE_UNAVAILABLE
     };
-    let mut text = match (ready, waiting_for) {
-        (true, _) => "ok\n".to_owned(),
+    let mut text = match (ready, why) {
+        (true, None) => "ok\n".to_owned(),
+        (true, Some(why)) => format!("ok, but degraded: {why}\n"),
         (false, Some(what)) => format!("not ready: waiting for {what}\n"),
         (false, None) => "not ready\n".to_owned(),
     };
@@ -108,5 +112,8 @@ mod tests {
         );
         board.ready();
         assert_eq!(ready(&board, false), (StatusCode::OK, "ok\n".to_owned()));
+        board.degraded(Some("etcd is away".to_owned()));
+        let degraded = (StatusCode::OK, "ok, but degraded: etcd is away\n".to_owned());
+        assert_eq!(ready(&board, false), degraded);
     }
 }

@@ -114,6 +114,12 @@ impl Page<'_> {
             "Whether subnet file, backend and rules are in place",
             flag(status.ready),
         )?;
+        self.gauge(
+            "flannel_degraded",
+            "Whether what the daemon serves may not be so any more: it was started while the registry was away, or could not renew \
+             its lease",
+            flag(status.degraded.is_some()),
+        )?;
         if let Some(external) = &status.external {
             let labels = [
                 ("interface", external.interface.clone()),

@@ -21,6 +21,8 @@ pub struct Status {
     pub ready: bool,
     /// What it waits for until then.
     pub waiting_for: Option<String>,
+    /// Why what it serves may not be so any more: it was started while the registry was away, or could not renew the lease.
+    pub degraded: Option<String>,
     /// The interface that faces the other hosts.
     pub external: Option<External>,
     /// This host's subnet.

@@ -9,6 +9,8 @@
 //! a few times an hour, so a thread pool would be more to go wrong than it saves. Only the wait for the lock is without
 //! a bound of its own, and that one is asynchronous and ends after 5 s.
 
+mod clock;
+
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write},
@@ -18,7 +20,7 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -39,6 +41,7 @@ use super::{
     prefix::Prefix,
     store::{self, Store},
 };
+use clock::{Boot, Clock};
 
 const STATE_FILE: &str = "registry.json";
 const NEW_STATE_FILE: &str = "registry.json.new";
@@ -54,8 +57,8 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 /// How long to wait between two tries for the lock: about as long as a holder keeps it.
 const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
-/// The longest sleep of a watch until the next expiry. The wall clock may be set while the sleep, which counts on the
-/// monotonic clock, runs; so look at it once a minute.
+/// The longest sleep of a watch until the next expiry. The sleep does not count the time for which the machine is suspended, and
+/// the registry does; so look at it once a minute.
 const LONGEST_SLEEP: Duration = Duration::from_secs(60);
 
 /// A registry in a directory. Clones are handles to the same one.
@@ -63,6 +66,7 @@ const LONGEST_SLEEP: Duration = Duration::from_secs(60);
 pub struct FileRegistry {
     directory: Arc<Path>,
     prefix: Prefix,
+    boot: Option<Boot>,
     /// Tasks of this process queue here, in order, and only the first of them tries for the file lock.
     turn: Arc<Mutex<()>>,
 }
@@ -72,6 +76,15 @@ pub struct FileRegistry {
 struct State {
     format: u32,
     store: Store,
+    /// Which time it was when this was written; none from earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    clock: Option<Clock>,
+}
+
+/// The records that are alive at a moment.
+struct Picture {
+    store: Store,
+    now: Duration,
 }
 
 /// The part of the state file that all formats share.
@@ -95,6 +108,7 @@ impl FileRegistry {
         let registry = FileRegistry {
             directory: directory.into(),
             prefix: Prefix::new(prefix),
+            boot: Boot::this(),
             turn: Arc::new(Mutex::new(())),
         };
         fs::DirBuilder::new()
@@ -122,22 +136,17 @@ impl FileRegistry {
         }
     }
 
-    /// Time since the Unix epoch. It has to be the wall clock: leases outlive a reboot, at which every other clock begins
-    /// anew, and all daemons of the machine must agree on it. Before 1970 counts as 1970.
-    fn now() -> Duration {
-        SystemTime::now()
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .unwrap_or_default()
-    }
-
     /// The records that are alive. No file yet is an empty registry; anything else that is no registry is an error and is
     /// left as it is.
-    fn read(&self) -> Result<Store, Error> {
+    fn read(&self) -> Result<Picture, Error> {
         let path = self.path(STATE_FILE);
         let text = match fs::read(&path) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound && self.directory.is_dir() => {
-                return Ok(Store::default());
+                return Ok(Picture {
+                    store: Store::default(),
+                    now: clock::now(None, self.boot.as_ref()),
+                });
             }
             Err(error) => return Err(self.failed("reading", &path, &error)),
         };
@@ -158,13 +167,14 @@ impl FileRegistry {
                 ),
             });
         }
-        let State { mut store, .. } = serde_json::from_slice(&text).map_err(unreadable)?;
-        store.expire(Self::now());
-        Ok(store)
+        let State { mut store, clock, .. } = serde_json::from_slice(&text).map_err(unreadable)?;
+        let now = clock::now(clock.as_ref(), self.boot.as_ref());
+        store.expire(now);
+        Ok(Picture { store, now })
     }
 
     /// Puts a new state in the place of the old one, at once and for good. Only for the holder of the lock.
-    fn write(&self, store: Store, _lock: &Locked<'_>) -> Result<(), Error> {
+    fn write(&self, Picture { store, now }: Picture, _lock: &Locked<'_>) -> Result<(), Error> {
         let (new, path) = (self.path(NEW_STATE_FILE), self.path(STATE_FILE));
         let write = || -> io::Result<()> {
             let mut file = OpenOptions::new()
@@ -173,7 +183,11 @@ impl FileRegistry {
                 .truncate(true)
                 .mode(0o644)
                 .open(&new)?;
-            let mut text = serde_json::to_vec_pretty(&State { format: FORMAT, store })?;
+            let mut text = serde_json::to_vec_pretty(&State {
+                format: FORMAT,
+                store,
+                clock: self.boot.as_ref().map(|boot| Clock::at(now, boot)),
+            })?;
             text.push(b'\n');
             file.write_all(&text)?;
             // Without this a power cut after the rename could leave a name without its contents.
@@ -214,24 +228,24 @@ impl FileRegistry {
     /// Does something with the records under the lock and keeps the outcome, if it changed any.
     async fn change<T: Send>(&self, act: impl FnOnce(&mut Store, Duration) -> T + Send) -> Result<T, Error> {
         let lock = self.lock().await?;
-        let mut store = self.read()?;
-        let before = store.clone();
-        let outcome = act(&mut store, Self::now());
-        if store != before {
-            self.write(store, &lock)?;
+        let mut picture = self.read()?;
+        let before = picture.store.clone();
+        let outcome = act(&mut picture.store, picture.now);
+        if picture.store != before {
+            self.write(picture, &lock)?;
         }
         Ok(outcome)
     }
 
-    /// The records whose key begins with `start`, and when the next of all records expires.
+    /// The records whose key begins with `start`, and how long it is until the next of all records expires.
     fn picture(&self, start: &str) -> Result<(Vec<Record>, Option<Duration>), Error> {
-        let store = self.read()?;
+        let Picture { store, now } = self.read()?;
         let found = store.list(&self.prefix.full(start));
         let records = found
             .into_iter()
             .map(|record| self.prefix.relative_record(record))
             .collect();
-        Ok((records, store.next_expiry()))
+        Ok((records, store.next_expiry().map(|expiry| expiry.saturating_sub(now))))
     }
 }
 
@@ -271,6 +285,7 @@ impl Registry for FileRegistry {
     async fn get(&self, key: &str) -> Result<Option<Record>, Error> {
         Ok(self
             .read()?
+            .store
             .get(&self.prefix.full(key))
             .map(|record| self.prefix.relative_record(record)))
     }
@@ -308,7 +323,7 @@ impl Registry for FileRegistry {
     async fn replace(&self, record: &Record, value: &[u8]) -> Result<Option<Record>, Error> {
         let key = self.prefix.full(&record.key);
         let made = self
-            .change(|store, _| store.replace(&key, record.revision, value))
+            .change(|store, _| store.replace(&key, record.revision, value, record.ttl))
             .await?;
         Ok(made.map(|record| self.prefix.relative_record(record)))
     }
@@ -327,12 +342,13 @@ impl Registry for FileRegistry {
     }
 
     async fn time_left(&self, ttl: TtlId) -> Result<Option<Duration>, Error> {
-        Ok(self.read()?.time_left(ttl, Self::now()))
+        let Picture { store, now } = self.read()?;
+        Ok(store.time_left(ttl, now))
     }
 
     async fn similar_configs(&self) -> Vec<String> {
         self.read()
-            .map(|store| store.keys_ending_in("/config"))
+            .map(|picture| picture.store.keys_ending_in("/config"))
             .unwrap_or_default()
     }
 }
@@ -349,18 +365,17 @@ struct FileWatch {
 impl Watch for FileWatch {
     async fn next(&mut self) -> Result<Vec<Event>, Error> {
         loop {
-            let (picture, expiry) = self.registry.picture(&self.start)?;
+            let (picture, next_expiry) = self.registry.picture(&self.start)?;
             let events = store::changes(&self.picture, &picture);
             self.picture = picture;
             if !events.is_empty() {
                 return Ok(events);
             }
-            let sleep = expiry.map_or(LONGEST_SLEEP, |expiry| expiry.saturating_sub(FileRegistry::now()));
             tokio::select! {
                 heard = self.changed.next() => {
                     heard.map_err(|error| self.registry.failed("watching", &self.registry.directory, &error))?;
                 }
-                () = tokio::time::sleep_until(Instant::now() + sleep.min(LONGEST_SLEEP)) => {}
+                () = tokio::time::sleep_until(Instant::now() + next_expiry.unwrap_or(LONGEST_SLEEP).min(LONGEST_SLEEP)) => {}
             }
         }
     }

@@ -88,7 +88,8 @@ pub trait Registry: Send + Sync + fmt::Debug {
     /// Makes a record where there is none: `None` when there is one. With a `ttl` it expires unless refreshed.
     async fn create(&self, key: &str, value: &[u8], ttl: Option<Duration>) -> Result<Option<Record>, Error>;
 
-    /// Gives a record a new value and keeps its time to live: `None` when it has changed or gone since it was read.
+    /// Gives a record a new value, bound to `record.ttl`, which is its own time to live or, where that was taken away by a `put`,
+    /// the one that it had: `None` when it has changed or gone since it was read, or that time has run out.
     async fn replace(&self, record: &Record, value: &[u8]) -> Result<Option<Record>, Error>;
 
     /// Deletes a record: `false` when it has changed or gone since it was read.

@@ -124,10 +124,14 @@ impl Store {
         Some(self.write(key, value, ttl))
     }
 
-    /// Gives the record at `key` a new value if it is still at `seen`; it keeps its time to live.
-    pub fn replace(&mut self, key: &str, seen: Revision, value: &[u8]) -> Option<Record> {
+    /// Gives the record at `key` a new value if it is still at `seen`, bound to `ttl`: its own time to live, or none any more.
+    pub fn replace(&mut self, key: &str, seen: Revision, value: &[u8], ttl: Option<TtlId>) -> Option<Record> {
         let stored = self.records.get(key).filter(|stored| stored.revision == seen.0)?;
-        let ttl = stored.ttl;
+        let ttl = match ttl {
+            // A time to live belongs to one record only: any other one has ended, or is a stranger's.
+            Some(ttl) => Some(stored.ttl.filter(|own| own.id == ttl.0)?),
+            None => None,
+        };
         Some(self.write(key, value, ttl))
     }
 
@@ -246,13 +250,28 @@ mod tests {
     fn replace_and_delete_need_the_revision_that_is_there() {
         let mut store = Store::default();
         let first = store.create("/a", b"1", Some(TTL), NOW).unwrap();
-        let second = store.replace("/a", first.revision, b"2").unwrap();
+        let second = store.replace("/a", first.revision, b"2", first.ttl).unwrap();
         assert_eq!(second.ttl, first.ttl);
         assert!(second.revision > first.revision);
-        assert_eq!(store.replace("/a", first.revision, b"3"), None);
+        assert_eq!(store.replace("/a", first.revision, b"3", first.ttl), None);
         assert!(!store.delete("/a", first.revision));
         assert!(store.delete("/a", second.revision));
-        assert_eq!(store.replace("/a", second.revision, b"3"), None);
+        assert_eq!(store.replace("/a", second.revision, b"3", second.ttl), None);
+    }
+
+    #[test]
+    fn a_replaced_record_is_bound_to_its_own_time_or_to_none() {
+        let mut store = Store::default();
+        let first = store.create("/a", b"1", Some(TTL), NOW).unwrap();
+        let other = store.create("/b", b"1", Some(TTL), NOW).unwrap();
+        assert_eq!(store.replace("/a", first.revision, b"2", other.ttl), None);
+        let free = store.replace("/a", first.revision, b"2", None).unwrap();
+        assert_eq!(free.ttl, None);
+        assert_eq!(
+            store.replace("/a", free.revision, b"3", first.ttl),
+            None,
+            "that has ended"
+        );
     }
 
     #[test]
@@ -364,7 +383,8 @@ mod tests {
                     Step::Replace { key, stale } => {
                         let key = format!("/{key}");
                         let revision = seen(&store, &key, stale);
-                        let made = store.replace(&key, revision, &value);
+                        let ttl = store.get(&key).and_then(|record| record.ttl);
+                        let made = store.replace(&key, revision, &value, ttl);
                         prop_assert_eq!(made.is_some(), !stale && model.contains_key(&key));
                         if let (true, Some(entry)) = (made.is_some(), model.get_mut(&key)) {
                             entry.0 = value;

@@ -1,7 +1,11 @@
 //! Flows between two containers that must outlive whatever happens to the daemons: UDP of which no datagram may be lost, and a
 //! TCP connection.
 
-use super::{PATIENCE, inside, stream::Stream, traffic::new_port};
+use super::{
+    PATIENCE, inside,
+    stream::{Report, Stream},
+    traffic::new_port,
+};
 use flannel::lab::Container;
 use std::{
     io::{ErrorKind, Read, Write},
@@ -26,16 +30,27 @@ pub(crate) struct Flows {
 impl Flows {
     /// Starts them from one container to the other, which must be reachable.
     pub(crate) fn start(from: &Container, to: &Container) -> Flows {
+        Flows::start_for(from, to, PATIENCE)
+    }
+
+    /// As [`Flows::start`], with a connection that nothing may pass over for as long as `patience`.
+    pub(crate) fn start_for(from: &Container, to: &Container, patience: Duration) -> Flows {
         Flows {
             udp: Stream::start(from, to, INTERVAL),
-            tcp: TcpFlow::start(from, to),
+            tcp: TcpFlow::start(from, to, patience),
         }
     }
 
+    /// The datagrams.
+    pub(crate) fn udp(&self) -> &Stream {
+        &self.udp
+    }
+
     /// Ends them, and fails the test if the connection did not hold; datagrams may have been lost.
-    pub(crate) fn finish(self) {
-        self.udp.finish();
+    pub(crate) fn finish(self) -> Report {
+        let report = self.udp.finish();
         self.tcp.finish();
+        report
     }
 
     /// Ends them, and fails the test if a single datagram was lost or the connection did not hold.
@@ -54,14 +69,14 @@ struct TcpFlow {
 }
 
 impl TcpFlow {
-    fn start(from: &Container, to: &Container) -> TcpFlow {
+    fn start(from: &Container, to: &Container, patience: Duration) -> TcpFlow {
         let address = SocketAddr::from((to.ip, new_port()));
         let listener = inside(&to.ns, || TcpListener::bind(address)).unwrap();
         let mut sending = inside(&from.ns, || TcpStream::connect_timeout(&address, PATIENCE)).unwrap();
         let mut receiving = listener.accept().unwrap().0;
         sending.set_nodelay(true).unwrap();
-        sending.set_write_timeout(Some(PATIENCE)).unwrap();
-        receiving.set_read_timeout(Some(PATIENCE)).unwrap();
+        sending.set_write_timeout(Some(patience)).unwrap();
+        receiving.set_read_timeout(Some(patience)).unwrap();
         let stop = Arc::new(AtomicBool::new(false));
         let stopping = Arc::clone(&stop);
         let sender = thread::spawn(move || {

@@ -4,11 +4,13 @@
 
 pub(crate) mod certificates;
 pub(crate) mod etcd;
+pub(crate) mod faults;
 pub(crate) mod flow;
 pub(crate) mod original;
 pub(crate) mod pair;
 pub(crate) mod plain_peer;
 pub(crate) mod programmed;
+pub(crate) mod relay;
 pub(crate) mod seccomp;
 pub(crate) mod stream;
 pub(crate) mod traffic;

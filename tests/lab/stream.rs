@@ -9,7 +9,7 @@ use std::{
     net::{Ipv4Addr, UdpSocket},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -29,6 +29,8 @@ const QUIET: Duration = Duration::from_millis(300);
 #[derive(Debug)]
 pub(crate) struct Stream {
     stop: Arc<AtomicBool>,
+    sent: Arc<AtomicU64>,
+    arrived: Arc<AtomicU64>,
     sender: JoinHandle<u64>,
     receiver: JoinHandle<Arrivals>,
 }
@@ -63,6 +65,8 @@ impl Stream {
         receiving.set_read_timeout(Some(QUIET)).unwrap();
         setsockopt(&receiving, RcvBufForce, &BUFFER_BYTES).unwrap();
         let sending = inside(&from.ns, || UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))).unwrap();
+        let (sent_so_far, arrived) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
+        let (counting_sent, counting_arrived) = (Arc::clone(&sent_so_far), Arc::clone(&arrived));
         let stop = Arc::new(AtomicBool::new(false));
         let (target, stop_sending, stop_receiving) = ((to.ip, PORT), Arc::clone(&stop), Arc::clone(&stop));
         let sender = thread::spawn(move || {
@@ -71,14 +75,31 @@ impl Stream {
                 // An error is one that came back by ICMP for an earlier datagram, or no route: this one is lost.
                 let _ = sending.send_to(&sent.to_be_bytes(), target);
                 sent += 1;
+                counting_sent.store(sent, Ordering::Relaxed);
                 // By the clock, so that a late wake-up does not slow the stream down.
                 let due = start + interval.mul_f64(sent as f64);
                 thread::sleep(due.saturating_duration_since(Instant::now()));
             }
             sent
         });
-        let receiver = thread::spawn(move || receive(&receiving, &stop_receiving));
-        Stream { stop, sender, receiver }
+        let receiver = thread::spawn(move || receive(&receiving, &stop_receiving, &counting_arrived));
+        Stream {
+            stop,
+            sent: sent_so_far,
+            arrived,
+            sender,
+            receiver,
+        }
+    }
+
+    /// How many datagrams have been sent so far.
+    pub(crate) fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    /// The number behind the latest that has arrived so far.
+    pub(crate) fn arrived(&self) -> u64 {
+        self.arrived.load(Ordering::Relaxed)
     }
 
     /// Ends the stream and waits for what is under way.
@@ -102,7 +123,7 @@ impl Stream {
     }
 }
 
-fn receive(socket: &UdpSocket, stop: &AtomicBool) -> Arrivals {
+fn receive(socket: &UdpSocket, stop: &AtomicBool, arrived: &AtomicU64) -> Arrivals {
     let mut arrivals = Arrivals::default();
     let mut last: Option<Instant> = None;
     loop {
@@ -110,6 +131,7 @@ fn receive(socket: &UdpSocket, stop: &AtomicBool) -> Arrivals {
         match socket.recv(&mut number) {
             Ok(_) => {
                 let (number, now) = (u64::from_be_bytes(number), Instant::now());
+                arrived.fetch_max(number + 1, Ordering::Relaxed);
                 if let Some(last) = last.replace(now) {
                     arrivals.longest_silence = arrivals.longest_silence.max(now - last);
                 }

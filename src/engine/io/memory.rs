@@ -2,6 +2,7 @@
 //! and look at the other; what the kernel might refuse can be refused here.
 
 use std::{
+    cell::Cell,
     collections::VecDeque,
     io,
     net::{IpAddr, SocketAddr},
@@ -122,6 +123,10 @@ pub struct Peers {
     pub refuse_segmented: Option<i32>,
     /// The errors that the next sends are refused with, one each.
     pub refuse_next: VecDeque<i32>,
+    /// The error that all sends are refused with.
+    pub refuse_all: Option<i32>,
+    /// How often the sender has waited for room.
+    pub waits: Cell<usize>,
 }
 
 impl DatagramSink for Peers {
@@ -131,7 +136,7 @@ impl DatagramSink for Peers {
         messages: &[Message],
         mut slices: impl Iterator<Item = &'bytes [u8]>,
     ) -> io::Result<usize> {
-        if let Some(errno) = self.refuse_next.pop_front() {
+        if let Some(errno) = self.refuse_next.pop_front().or(self.refuse_all) {
             return Err(io::Error::from_raw_os_error(errno));
         }
         for (index, message) in messages.iter().enumerate() {
@@ -164,7 +169,9 @@ impl DatagramSink for Peers {
         Ok(())
     }
 
-    fn wait_writable(&self, _source: u8, _limit: Duration) {}
+    fn wait_writable(&self, _source: u8, _limit: Duration) {
+        self.waits.set(self.waits.get() + 1);
+    }
 }
 
 /// A message that will be received.

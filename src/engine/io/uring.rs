@@ -32,7 +32,7 @@ impl Uring {
     ///
     /// # Errors
     /// When the system gives no ring or no raw socket; `InvalidInput` without a socket.
-    pub fn new(queue: TunQueue, sockets: Vec<UdpSocket>) -> io::Result<(Self, Bell)> {
+    pub fn new(queue: TunQueue, sockets: Arc<[UdpSocket]>) -> io::Result<(Self, Bell)> {
         let queue = Arc::new(queue);
         let tunnel = sockets.first().ok_or(io::ErrorKind::InvalidInput)?.try_clone()?;
         let header = if queue.has_headers() { VirtioNetHdr::LEN } else { 0 };
@@ -44,7 +44,7 @@ impl Uring {
         let bell = ring.bell();
         let uring = Self {
             ring,
-            peers: Peers::new(sockets.into()),
+            peers: Peers::new(sockets),
             device: Device {
                 writer: uring::Writer::new(Arc::clone(&queue))?,
                 singly: mmsg::Device::new(queue),

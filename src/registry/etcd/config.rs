@@ -4,6 +4,7 @@ use std::{
     fmt, fs, io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
@@ -22,7 +23,7 @@ use tracing::warn;
 /// [`PING_PATIENCE`]: 13 s.
 const PING_INTERVAL: Duration = Duration::from_secs(8);
 
-/// How long the answer to such a question may take.
+/// How long the answer to such a question may take, unless the cluster is known to be slower.
 const PING_PATIENCE: Duration = Duration::from_secs(5);
 
 /// The part of a file's mode that is for all who are neither its owner nor in its group.
@@ -162,17 +163,89 @@ pub struct Member {
 }
 
 /// One member of the cluster.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Server {
     /// Its URL, for people.
     pub(super) url: String,
-    pub(super) endpoint: Endpoint,
+    /// Without TLS, which is made from the files for each connection.
+    plain: Endpoint,
+    /// For `https`.
+    tls: Option<Mutex<Tls>>,
+}
+
+/// TLS by files that may be replaced at any time: certificates are renewed every few weeks, and the daemon is not to be started
+/// again for that.
+#[derive(Debug)]
+struct Tls {
+    files: TlsFiles,
+    /// As the files were when they could last be used: a certificate that is there before its key is no reason to stop.
+    good: Endpoint,
+    /// What was last said to be wrong with them.
+    wrong: Option<String>,
 }
 
 impl Server {
-    pub(super) fn is_secure(&self) -> bool {
-        self.endpoint.uri().scheme_str() == Some("https")
+    /// What to connect to. `patience`: how long an answer may take.
+    pub(super) fn endpoint(&self, patience: Duration) -> Endpoint {
+        let endpoint = match &self.tls {
+            None => self.plain.clone(),
+            Some(tls) => {
+                // An endpoint and a text are whole at any moment.
+                let mut tls = tls.lock().unwrap_or_else(PoisonError::into_inner);
+                match tls.files.endpoint(&self.url, &self.plain) {
+                    Ok(endpoint) => {
+                        tls.good = endpoint;
+                        tls.wrong = None;
+                    }
+                    Err(error) => {
+                        let error = error.to_string();
+                        if tls.wrong.as_ref() != Some(&error) {
+                            warn!("using the TLS files as they were before: {error}");
+                            tls.wrong = Some(error);
+                        }
+                    }
+                }
+                tls.good.clone()
+            }
+        };
+        endpoint.keep_alive_timeout(patience.max(PING_PATIENCE))
     }
+
+    pub(super) fn is_secure(&self) -> bool {
+        self.tls.is_some()
+    }
+}
+
+/// The files that TLS is made of.
+#[derive(Debug, Clone)]
+struct TlsFiles {
+    ca: PathBuf,
+    /// Certificate and key.
+    identity: Option<(PathBuf, PathBuf)>,
+}
+
+impl TlsFiles {
+    /// Reads them.
+    fn endpoint(&self, url: &str, plain: &Endpoint) -> Result<Endpoint, ConfigError> {
+        let authority = Certificate::from_pem(certificates("--etcd-cafile", &self.ca)?);
+        let mut tls = ClientTlsConfig::new().ca_certificate(authority);
+        if let Some(identity) = &self.identity {
+            tls = tls.identity(read_identity(identity)?);
+        }
+        plain.clone().tls_config(tls).map_err(|error| ConfigError::Identity {
+            endpoint: url.to_owned(),
+            reason: super::reason::innermost(&error),
+        })
+    }
+}
+
+fn read_identity((cert, key): &(PathBuf, PathBuf)) -> Result<Identity, ConfigError> {
+    Ok(Identity::from_pem(
+        certificates("--etcd-certfile", cert)?,
+        read_pem("--etcd-keyfile", key, "private key", |pem| {
+            PrivateKeyDer::from_pem_slice(pem).map(drop)
+        })?,
+    ))
 }
 
 /// User name and password; prints neither.
@@ -189,7 +262,7 @@ impl EtcdConfig {
     /// What the user must mend in the flags.
     pub fn members(&self) -> Result<Vec<Member>, ConfigError> {
         let members = self.servers()?.into_iter().map(|server| {
-            let uri = server.endpoint.uri();
+            let uri = server.plain.uri();
             let host = uri.host().unwrap_or_default();
             Member {
                 host: host.trim_matches(['[', ']']).to_owned(),
@@ -239,7 +312,7 @@ impl EtcdConfig {
         }
     }
 
-    fn server(&self, written: &str, tls: Option<&ClientTlsConfig>) -> Result<Server, ConfigError> {
+    fn server(&self, written: &str, tls: Option<&TlsFiles>) -> Result<Server, ConfigError> {
         if let Some((_, host)) = written.rsplit_once('@') {
             return Err(ConfigError::Endpoint {
                 endpoint: format!("...@{host}"),
@@ -279,23 +352,21 @@ impl EtcdConfig {
         };
         let url = format!("{}://{host}:{port}", if secure { "https" } else { "http" });
 
-        let endpoint = Endpoint::from_shared(url.clone())
+        let plain = Endpoint::from_shared(url.clone())
             .map_err(|error| wrong(&format!("is not a URL ({error})")))?
             .http2_keep_alive_interval(PING_INTERVAL)
-            .keep_alive_timeout(PING_PATIENCE)
             // etcd takes questions on a connection without a running watch or call for an attack.
             .keep_alive_while_idle(false);
-        let endpoint = match (secure, tls) {
-            (false, _) => endpoint,
+        let tls = match (secure, tls) {
+            (false, _) => None,
             (true, None) => return Err(ConfigError::NoAuthority { endpoint: url }),
-            (true, Some(tls)) => endpoint
-                .tls_config(tls.clone())
-                .map_err(|error| ConfigError::Identity {
-                    endpoint: url.clone(),
-                    reason: super::reason::innermost(&error),
-                })?,
+            (true, Some(files)) => Some(Mutex::new(Tls {
+                good: files.endpoint(&url, &plain)?,
+                files: files.clone(),
+                wrong: None,
+            })),
         };
-        Ok(Server { url, endpoint })
+        Ok(Server { url, plain, tls })
     }
 
     fn has_tls_files(&self) -> bool {
@@ -303,14 +374,9 @@ impl EtcdConfig {
     }
 
     /// `None` without an authority; the files are checked in any case.
-    fn tls(&self) -> Result<Option<ClientTlsConfig>, ConfigError> {
+    fn tls(&self) -> Result<Option<TlsFiles>, ConfigError> {
         let identity = match (&self.cert_file, &self.key_file) {
-            (Some(cert), Some(key)) => Some(Identity::from_pem(
-                certificates("--etcd-certfile", cert)?,
-                read_pem("--etcd-keyfile", key, "private key", |pem| {
-                    PrivateKeyDer::from_pem_slice(pem).map(drop)
-                })?,
-            )),
+            (Some(cert), Some(key)) => Some((cert.clone(), key.clone())),
             (None, None) => None,
             (Some(_), None) => {
                 return Err(ConfigError::HalfIdentity {
@@ -325,11 +391,14 @@ impl EtcdConfig {
                 });
             }
         };
+        if let Some(identity) = &identity {
+            read_identity(identity)?;
+        }
         let Some(ca) = &self.ca_file else { return Ok(None) };
-        let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(certificates("--etcd-cafile", ca)?));
-        Ok(Some(match identity {
-            Some(identity) => tls.identity(identity),
-            None => tls,
+        certificates("--etcd-cafile", ca)?;
+        Ok(Some(TlsFiles {
+            ca: ca.clone(),
+            identity,
         }))
     }
 }

@@ -23,7 +23,11 @@ use crate::registry::Error;
 
 /// How long a server may take to accept a connection and the password, and then for each call. A healthy one takes
 /// milliseconds, a cluster that elects a leader about two seconds.
-pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long it may take at most, once no server has answered in time: each time then it is twice as long. A call may be two
+/// questions one after the other, each behind another one on a line that takes 5 s.
+const MOST_PATIENCE: Duration = Duration::from_secs(20);
 
 /// How long to wait before the next server is asked when one has no leader; an election is over after a few of these.
 const ELECTION_PAUSE: Duration = Duration::from_millis(300);
@@ -35,6 +39,8 @@ pub(super) struct Cluster {
     credentials: Option<Credentials>,
     state: Mutex<State>,
     connections: AtomicU64,
+    /// In milliseconds, from [`PATIENCE`] to [`MOST_PATIENCE`].
+    patience: AtomicU64,
 }
 
 #[derive(Default)]
@@ -61,6 +67,7 @@ struct Failure {
     server: usize,
     reason: String,
     denied: bool,
+    timed_out: bool,
 }
 
 /// What may be done with a call whose answer was lost.
@@ -82,6 +89,7 @@ impl Cluster {
             credentials,
             state: Mutex::default(),
             connections: AtomicU64::new(0),
+            patience: AtomicU64::new(millis(PATIENCE)),
         }
     }
 
@@ -104,15 +112,24 @@ impl Cluster {
         let started = Instant::now();
         loop {
             let (connection, fresh) = self.connection(started, &mut failures).await?;
-            let outcome = match timeout(PATIENCE, call(connection.clone())).await {
-                Ok(outcome) => outcome.map_err(Fault::from),
-                Err(_) => Err(Fault::timed_out(PATIENCE)),
+            let (patience, asked) = (self.patience(), Instant::now());
+            let outcome = timeout(patience, call(connection.clone())).await;
+            let timed_out = outcome.is_err();
+            let outcome = match outcome {
+                Ok(outcome) => outcome
+                    .inspect(|_| self.answered_after(asked.elapsed()))
+                    .map_err(Fault::from),
+                Err(_) => Err(Fault::timed_out(patience)),
             };
             match outcome {
                 Err(Fault::Unreachable { reason, maybe_done }) => {
                     self.discard(&connection).await;
-                    failures.push(self.failure(connection.server, reason));
+                    failures.push(Failure {
+                        timed_out,
+                        ..self.failure(connection.server, reason)
+                    });
                     if maybe_done && repeat == Repeat::No {
+                        self.grow_patience(&failures);
                         return Err(self.unavailable(&failures));
                     }
                 }
@@ -181,18 +198,20 @@ impl Cluster {
                 Err(failure) => failures.push(failure),
             }
         }
+        self.grow_patience(failures);
         state.failed = Some((Instant::now(), failures.clone()));
         Err(self.unavailable(failures))
     }
 
     async fn connect(&self, server: usize) -> Result<Connection, Failure> {
+        let patience = self.patience();
         let connect = async {
-            let channel = self.servers[server].endpoint.connect().await?;
+            let channel = self.servers[server].endpoint(patience).connect().await?;
             self.log_in(Channel::Tonic(channel)).await
         };
-        let outcome = timeout(PATIENCE, connect)
-            .await
-            .unwrap_or_else(|_| Err(Fault::timed_out(PATIENCE)));
+        let outcome = timeout(patience, connect).await;
+        let timed_out = outcome.is_err();
+        let outcome = outcome.unwrap_or_else(|_| Err(Fault::timed_out(patience)));
         let number = self.connections.fetch_add(1, Ordering::Relaxed);
         match outcome {
             Ok(client) => Ok(Connection { client, number, server }),
@@ -205,7 +224,10 @@ impl Cluster {
                 | Fault::Broken { reason }
                 | Fault::Refused { reason }
                 | Fault::StaleToken { reason },
-            ) => Err(self.failure(server, reason)),
+            ) => Err(Failure {
+                timed_out,
+                ..self.failure(server, reason)
+            }),
             Err(Fault::NoLeader) => Err(self.failure(server, NO_LEADER.to_owned())),
             Err(fault) => Err(self.failure(server, format!("unexpected answer ({fault:?})"))),
         }
@@ -254,6 +276,26 @@ impl Cluster {
             server,
             reason,
             denied: false,
+            timed_out: false,
+        }
+    }
+
+    fn patience(&self) -> Duration {
+        Duration::from_millis(self.patience.load(Ordering::Relaxed))
+    }
+
+    /// A server that hangs is passed over soon, and costs no more; but where none answers in time, all may be slow.
+    fn grow_patience(&self, failures: &[Failure]) {
+        if failures.iter().any(|failure| failure.timed_out) {
+            let longer = (self.patience() * 2).min(MOST_PATIENCE);
+            self.patience.store(millis(longer), Ordering::Relaxed);
+        }
+    }
+
+    /// Whoever answers fast again is waited for no longer than at first. Half of that time is far from both.
+    fn answered_after(&self, took: Duration) {
+        if took < PATIENCE / 2 {
+            self.patience.store(millis(PATIENCE), Ordering::Relaxed);
         }
     }
 
@@ -271,4 +313,9 @@ impl Cluster {
             Error::Unavailable { registry, reason }
         }
     }
+}
+
+/// Of a span that is seconds.
+fn millis(span: Duration) -> u64 {
+    u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
 }

@@ -1,0 +1,128 @@
+//! A start while the registry is away: from what was last known, until the registry answers and can be asked whether it is
+//! still so.
+
+use std::time::Duration;
+
+use tokio::time::{sleep, timeout};
+use tracing::{info, warn};
+
+use super::{Error, Settings, configuration};
+use crate::{
+    lease::remembered::{Origin, Remembered},
+    network::{self, CONFIG_KEY, LoadError, Network, Parsed},
+    observe::{board::Board, outage::Outage},
+    registry::Registry,
+};
+
+/// How long the registry is waited for before the start goes on from what was last known: an etcd that elects a leader, or is
+/// started together with this daemon, takes 2 s, and packets wait all the while. Nothing is lost when it answers later: what is
+/// known then is what was remembered, or is put right.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// What a run begins with.
+pub(super) struct Beginning {
+    pub(super) network: Network,
+    /// Its text.
+    pub(super) config: String,
+    /// If the registry does not answer and this can be used.
+    pub(super) remembered: Option<Remembered>,
+}
+
+/// Reads the configuration; from the memory if there is one and the registry does not answer.
+pub(super) async fn begin(settings: &Settings, registry: &dyn Registry) -> Result<Beginning, Error> {
+    let remembered = settings.memory.read(&Origin::of(registry)).unwrap_or_else(|useless| {
+        warn!("without the registry there is no start from what was last known: {useless}");
+        None
+    });
+    if let Some(remembered) = remembered
+        && timeout(PATIENCE, answer(registry)).await.is_err()
+    {
+        match Network::parse(&remembered.config) {
+            Ok(Parsed { network, .. }) if remembered.own.lease.subnets.fit(&network) => {
+                return Ok(Beginning {
+                    network,
+                    config: remembered.config.clone(),
+                    remembered: Some(remembered),
+                });
+            }
+            _ => warn!("without the registry there is no start from what was last known: it does not fit together"),
+        }
+    }
+    let (network, config) = configuration(registry).await?;
+    Ok(Beginning {
+        network,
+        config,
+        remembered: None,
+    })
+}
+
+/// Waits until the registry answers, whatever it says.
+async fn answer(registry: &dyn Registry) {
+    // Shorter than the pauses of an outage that is told: this is over in a moment.
+    const PAUSE: Duration = Duration::from_millis(200);
+    while let Err(error) = registry.get(CONFIG_KEY).await
+        && error.is_transient()
+    {
+        sleep(PAUSE).await;
+    }
+}
+
+/// A run that has begun without the registry.
+pub(super) struct Unverified {
+    /// Whether the configuration is still the same.
+    pub(super) configured: bool,
+    /// Whether the registry has confirmed the lease.
+    pub(super) leased: bool,
+}
+
+impl Unverified {
+    /// Says so, on the board too.
+    pub(super) fn begin(registry: &dyn Registry, remembered: &Remembered, board: &Board) -> Self {
+        let text = format!(
+            "started from the leases as they were {:.0?} ago, because {} did not answer",
+            remembered.age,
+            registry.describe()
+        );
+        warn!(
+            "{text}: subnet {}, {} peers. Packets flow; other hosts' changes are seen, and this host's lease is renewed, once it \
+             answers",
+            remembered.own.lease.subnets.to_cidrs(),
+            remembered.peers.len()
+        );
+        board.degraded(Some(text));
+        Self {
+            configured: false,
+            leased: false,
+        }
+    }
+
+    /// Whether all is verified; says so.
+    pub(super) fn is_over(&self, board: &Board) -> bool {
+        let over = self.configured && self.leased;
+        if over {
+            board.degraded(None);
+            info!("the registry answers: configuration and lease are as they were remembered");
+        }
+        over
+    }
+}
+
+/// Waits until the registry has said that the configuration is the one that this run began with.
+///
+/// # Errors
+/// It is another one.
+pub(super) async fn still_configured(registry: &dyn Registry, network: &Network) -> Result<(), Error> {
+    let mut outage = Outage::of("looking whether the network's configuration is still the same");
+    loop {
+        match network::load(registry).await {
+            Ok(parsed) if parsed.network == *network => return Ok(()),
+            Ok(_) => return Err(Error::Reconfigured),
+            // For the operator to mend; a daemon that runs needs it no more.
+            Err(wrong @ (LoadError::Missing { .. } | LoadError::Invalid { .. })) => {
+                warn!("{wrong}; going on with the one that was remembered");
+                return Ok(());
+            }
+            Err(LoadError::Registry(error)) => sleep(outage.failed(&error.to_string())).await,
+        }
+    }
+}
