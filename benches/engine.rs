@@ -13,7 +13,7 @@ use std::{
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use flannel::{
     backend::{
-        Backend,
+        Backend, Descriptors,
         udp::{IoMode, Options, TunMode, Udp},
     },
     kernel::external::External,
@@ -74,15 +74,18 @@ impl Member {
                 public_ip: host.ip(),
             };
             let (failures, _) = mpsc::unbounded_channel();
+            let left = Descriptors::default();
             let mut backend = Udp::new(
                 &external,
                 network::Udp::default(),
                 options,
+                left,
                 failures,
                 Sandbox::default(),
             )
             .unwrap();
             backend.start(&network, &lease).unwrap();
+            backend.resume().unwrap();
             backend
         });
         Self {

@@ -8,8 +8,10 @@
 //! Where the registry does not answer, what an earlier run has [remembered] takes the place of configuration, claim and lease.
 
 mod blackhole;
+mod doors;
 mod pace;
 mod remembered;
+mod succession;
 
 use std::{
     cell::RefCell,
@@ -22,7 +24,7 @@ use std::{
     time::Duration,
 };
 
-use sd_notify::NotifyState;
+use ipnet::Ipv4Net;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, oneshot, watch},
@@ -31,8 +33,13 @@ use tokio::{
 use tracing::{info, warn};
 
 use crate::{
-    backend::{self, Backend, Overlays, host_gw::HostGw, leftovers, udp, vxlan::Vxlan},
+    backend::{self, Backend, Descriptors, Overlays, host_gw::HostGw, leftovers, udp, vxlan::Vxlan},
     engine::Failure,
+    handover::{
+        self,
+        heir::{self, Predecessor},
+        server::Event,
+    },
     kernel::{
         self, Kernel,
         external::{self, External, Wish},
@@ -46,19 +53,23 @@ use crate::{
         record::{Lease, LeaseValue},
         remembered::{Memory, Origin},
         republish::republish,
+        screen::Screen,
         watch::{self as lease_watch, OwnAddresses, PeerSet, Revoked},
     },
     network::{self, BackendKind, LoadError, Network},
-    observe::{self, board::Board, health, outage::Outage, registry::Observed, socket},
+    observe::{self, board::Board, health, outage::Outage, registry::Observed},
     registry::Registry,
     rules::{self, Keeper, Mechanism},
     sandbox::{Needs, Sandbox},
     subnet_file::{Previous, Share, SubnetFile, WriteError},
+    supervisor::Supervisor,
 };
 
 use blackhole::Blackhole;
+use doors::Doors;
 use pace::{Look, Pace};
 use remembered::{Beginning, Unverified};
+use succession::Stage;
 
 /// How long the external address may be away before another one is taken for it: a DHCP client, or a person, removes and adds it
 /// in this time. And how long it has to be back before it is taken again.
@@ -97,6 +108,8 @@ pub struct Settings {
     pub rules: rules::Options,
     /// For the `udp` backend.
     pub udp: udp::Options,
+    /// Whether to go on in the place of the running daemon.
+    pub handover: bool,
     /// What the daemon has given up already, and will.
     pub sandbox: Sandbox,
 }
@@ -140,6 +153,9 @@ pub enum Error {
          ending, so that the next start takes the new one"
     )]
     Reconfigured,
+    /// The running daemon does not hand over.
+    #[error(transparent)]
+    Handover(#[from] heir::Error),
     /// The kernel does not answer.
     #[error(transparent)]
     Kernel(#[from] kernel::Error),
@@ -151,8 +167,17 @@ pub enum Error {
     Signal(#[source] io::Error),
 }
 
-/// Runs until SIGTERM or SIGINT (`Ok`), or until it cannot go on. The `udp` backend's device is gone when this returns; what the
-/// kernel carries packets by stays, so that a restart breaks no flow.
+/// How a run ends well.
+enum End {
+    /// Someone has stopped it.
+    Stopped,
+    /// Another daemon goes on in its place.
+    HandedOver,
+}
+
+/// Runs until SIGTERM or SIGINT or until another daemon has taken over (`Ok`), or until it cannot go on. The `udp` backend's
+/// device is gone when this returns, unless another process has it too: a supervisor that keeps descriptors, or the other daemon.
+/// What the kernel carries packets by stays, so that a restart breaks no flow.
 ///
 /// # Errors
 /// What the daemon cannot mend by waiting. An unreachable registry or a missing configuration is not among them.
@@ -163,39 +188,54 @@ pub async fn run(mut settings: Settings) -> Result<(), Error> {
     let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signal)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signal)?;
     let claims = Claims::default();
+    let supervisor = RefCell::new(Supervisor::of_this_process());
     // Whatever `serve` holds (the engine, and with it the device) is dropped when it ends or is abandoned here.
     let outcome = tokio::select! {
         _ = terminate.recv() => stopping("SIGTERM"),
         _ = interrupt.recv() => stopping("SIGINT"),
-        ended = serve(&settings, &board, &claims) => ended,
+        ended = serve(&settings, &board, &claims, &supervisor) => ended,
     };
-    tell_supervisor(NotifyState::Stopping);
+    if let Ok(End::HandedOver) = outcome {
+        return Ok(());
+    }
+    supervisor.borrow().tell_stopping();
     if let Err(Error::Revoked(_) | Error::Claim(_) | Error::Reconfigured) = outcome {
         // The next start must not begin with what was just found to be another host's, or not so any more.
         settings.memory.forget();
     }
     // An unreachable registry forgets the claims by itself.
     let _ = timeout(LEAVE, withdraw(claims.take())).await;
-    outcome
+    outcome.map(drop)
 }
 
-fn stopping(signal: &str) -> Result<(), Error> {
+fn stopping(signal: &str) -> Result<End, Error> {
     info!("{signal} received: stopping");
-    Ok(())
+    Ok(End::Stopped)
 }
 
-async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<(), Error> {
+async fn serve(
+    settings: &Settings,
+    board: &Board,
+    claims: &Claims,
+    supervisor: &RefCell<Supervisor>,
+) -> Result<End, Error> {
     // Not only when the device is made: this host's lease would have been taken by then.
     if !kernel::may_administer() {
         return Err(Error::Unprivileged);
     }
     let registry = &*settings.registry;
-    if let Some(address) = settings.health {
-        health::serve(address, board.clone()).await?;
+    let mut left = supervisor.borrow_mut().left_behind();
+    let mut before = predecessor(settings).await?;
+    let mut doors = Doors::open(settings, before.as_mut()).await?;
+    match &mut before {
+        Some(before) => {
+            left = before.descriptors();
+            if supervisor.borrow().is_none() {
+                *supervisor.borrow_mut() = before.supervisor();
+            }
+        }
+        None => doors.serve(board)?,
     }
-    // Whoever cannot be asked how it is can work all the same.
-    let _status = socket::Server::open(&settings.status_socket, board.clone())
-        .inspect_err(|error| warn!("{error}; `flanneld status` will not work"));
     let mut kernel = Kernel::open()?;
     let external = external::choose(&mut kernel, &settings.external)?;
     info!(
@@ -209,6 +249,9 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
         config,
         remembered,
     } = remembered::begin(settings, registry).await?;
+    if let Some(before) = &before {
+        before.fits(&network, &external, remembered.as_ref())?;
+    }
     let begun_with = network.clone();
     warn_of_overlap(&network, &external);
     let mechanism = Mechanism::choose(&settings.rules, &network).await?;
@@ -217,7 +260,7 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
     let mut monitor = Monitor::open().map_err(Error::Monitor)?;
     let (failures, mut failed) = mpsc::unbounded_channel();
     let overlays = Overlays::new(&network, &previous).ok_or(backend::Error::NoIpv4(network.backend().kind()))?;
-    let mut backend = backend_of(&network, &external, &overlays, settings, failures)?;
+    let mut backend = backend_of(&network, &external, &overlays, settings, left, failures)?;
     let value = LeaseValue {
         public_ipv6: settings.public_ipv6,
         backend_type: backend.kind().into(),
@@ -230,19 +273,29 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
     let mut unverified = remembered
         .as_ref()
         .map(|remembered| Unverified::begin(registry, remembered, board));
+    // It is not this daemon's to take back before the other one is gone.
+    let handed = before.as_mut().and_then(Predecessor::claim);
+    let handed = handed.map(|handed| Presence::adopt(&settings.registry, external.public_ip, handed));
+    let mut handed = handed.transpose()?.map(Arc::new);
     let (own, first, mut present) = match remembered {
         Some(remembered) => {
-            let claiming = Claiming::Wanted(external.public_ip);
+            let claiming = match &handed {
+                Some(handed) => Claiming::Done(Some(Arc::clone(handed))),
+                None => Claiming::Wanted(external.public_ip),
+            };
             let present = Box::pin(keep_presence(&settings.registry, claims, claiming));
             (remembered.own, Some(remembered.peers), present)
         }
         None => {
             board.waiting_for("this host's PublicIP to be free");
-            let claimed = claim(&settings.registry, external.public_ip, claims).await?;
+            let claimed = match &handed {
+                Some(handed) => Some(Arc::clone(handed)),
+                None => claim(&settings.registry, external.public_ip, claims).await?,
+            };
             let mut present = Box::pin(keep_presence(&settings.registry, claims, Claiming::Done(claimed)));
             board.waiting_for("a lease");
             let own = tokio::select! {
-                own = lease(registry, &network, &value, &previous) => own?,
+                own = lease(registry, &network, &value, &previous, before.as_ref()) => own?,
                 lost = &mut present => return Err(lost),
             };
             (own, None, present)
@@ -261,12 +314,15 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
 
     let addresses = OwnAddresses::new(own.lease.value.public_ip);
     let (publish, mut peers) = watch::channel(None);
+    let (here, addresses_here) = watch::channel(kernel.ipv4_addresses()?);
+    let screen = Screen::new(&network, &own.lease, addresses_here);
     let holding = Holding::new(own.clone(), first.is_none());
     let mut held = holding.subscribe();
     let mut watching = pin!(lease_watch::watch(
         registry,
         &holding,
         &addresses,
+        &screen,
         first.as_deref(),
         &publish
     ));
@@ -286,6 +342,8 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
     let rules = Keeper::new(settings.rules, mechanism, &network, &own.lease.subnets);
     let mut ruling = pin!(rules.keep(in_place, || board.rules_repaired()));
     let mut moving: MovingLease = Box::pin(pending());
+    let mut stopping: StoppingOther = Box::pin(pending());
+    let mut settling: SettlingOther = Box::pin(pending());
     let mut run = Run {
         settings,
         network,
@@ -296,9 +354,18 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
         blackhole,
         lease: own.lease,
         peers: None,
+        here,
         board,
         ruled: false,
         ready: false,
+        stage: if before.is_some() {
+            Stage::Preparing
+        } else {
+            Stage::Alone
+        },
+        offered: None,
+        supervisor,
+        parked: None,
         interface: Outage::of("following the external interface"),
         away_since: None,
         again: None,
@@ -306,9 +373,15 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
         file: Outage::of("writing the subnet file"),
         pace: Pace::new(Instant::now()),
     };
+    run.park();
     run.tell_of_backend();
     run.become_ready();
     loop {
+        if run.is_prepared()
+            && let Some(before) = before.take()
+        {
+            stopping = Box::pin(before.stop());
+        }
         if let Some(again) = run.again.take() {
             run.pace.look_at(again);
         }
@@ -360,6 +433,28 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
                 run.become_ready();
             }
             never = &mut ruling => match never {},
+            event = doors.next() => match event {
+                // Whoever has asked may be gone.
+                Event::Asked(reply) => drop(reply.send(run.offer(&doors, claims))),
+                Event::Prepared(heir) => {
+                    if run.hand_over(heir, &mut doors, claims).await? {
+                        return Ok(End::HandedOver);
+                    }
+                }
+            },
+            stopped = &mut stopping => {
+                stopping = Box::pin(pending());
+                let stopped = stopped?;
+                run.carry_on(&stopped.counts)?;
+                settling = Box::pin(stopped.settle());
+            }
+            settled = &mut settling => {
+                settling = Box::pin(pending());
+                settled?;
+                claims.borrow_mut().extend(handed.take());
+                run.is_alone();
+                doors.serve(board)?;
+            }
             changes = monitor.next() => run.notice(&changes.map_err(Error::Monitor)?),
             () = sleep_until(at) => {
                 if let Some(value) = run.look(look)? {
@@ -377,7 +472,7 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
                 addresses.settle(public_ip);
                 holding.found(lease);
                 // Another host may have the address before, and was taken for this one.
-                watching.set(lease_watch::watch(registry, &holding, &addresses, None, &publish));
+                watching.set(lease_watch::watch(registry, &holding, &addresses, &screen, None, &publish));
                 let (kept, released) = claims.take().into_iter().partition(|held| held.public_ip() == public_ip);
                 claims.replace(kept);
                 present = Box::pin(keep_presence(&settings.registry, claims, Claiming::Done(claimed)));
@@ -388,6 +483,8 @@ async fn serve(settings: &Settings, board: &Board, claims: &Claims) -> Result<()
     }
 }
 
+type StoppingOther = Pin<Box<dyn Future<Output = Result<heir::Stopped, heir::Error>>>>;
+type SettlingOther = Pin<Box<dyn Future<Output = Result<(), heir::Error>>>>;
 type MovingLease<'a> = Pin<Box<dyn Future<Output = Result<Moved, Error>> + 'a>>;
 
 /// A lease with a new PublicIP.
@@ -413,10 +510,19 @@ struct Run<'a> {
     lease: Lease,
     /// `None` until the registry has told.
     peers: Option<Arc<PeerSet>>,
+    /// Where the watch of the leases learns this host's addresses from.
+    here: watch::Sender<Vec<Ipv4Net>>,
     board: &'a Board,
     /// Whether the traffic rules are in place.
     ruled: bool,
     ready: bool,
+    /// Whether another daemon is to end for this one.
+    stage: Stage,
+    /// What a new daemon was offered to go on with: descriptors of this generation, and the lease.
+    offered: Option<(u64, Lease)>,
+    supervisor: &'a RefCell<Supervisor>,
+    /// Of which generation the descriptors are that the supervisor keeps.
+    parked: Option<u64>,
     /// The external interface's coming and going.
     interface: Outage,
     /// Since when its address has been away, or a better one has been there.
@@ -430,10 +536,15 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Lets the backend serve the peers.
+    /// Lets the backend serve the peers. What is to be carried to them has waited till then.
     fn apply(&mut self) -> Result<(), Error> {
         let Some(peers) = &self.peers else { return Ok(()) };
         self.backend.apply(peers)?;
+        if self.stage != Stage::Preparing {
+            self.backend.resume()?;
+        }
+        self.park();
+        let Some(peers) = &self.peers else { return Ok(()) };
         self.board.peers(Arc::clone(peers));
         self.become_ready();
         Ok(())
@@ -455,6 +566,7 @@ impl Run<'_> {
         match &self.peers {
             None => self.board.waiting_for("the other hosts' leases"),
             Some(_) if !self.ruled => self.board.waiting_for("the traffic rules"),
+            Some(_) if self.stage != Stage::Alone => self.board.waiting_for("the other flanneld to hand over"),
             Some(peers) if !self.ready => {
                 let peers = peers.len();
                 self.keep_file();
@@ -465,7 +577,7 @@ impl Run<'_> {
                 self.ready = true;
                 self.settings.sandbox.settle(self.needs());
                 self.board.ready();
-                tell_supervisor(NotifyState::Ready);
+                self.supervisor.borrow().tell_ready();
                 let subnets = self.lease.subnets.to_cidrs();
                 info!("ready: subnet {subnets}, {peers} peer(s)");
             }
@@ -509,6 +621,14 @@ impl Run<'_> {
             self.backend.recheck();
         }
         let news = self.follow_interface()?;
+        let here = self.kernel.ipv4_addresses()?;
+        self.here.send_if_modified(|known| {
+            let changed = *known != here;
+            if changed {
+                *known = here;
+            }
+            changed
+        });
         if self.file_is_due && self.ready {
             self.keep_file();
         }
@@ -660,6 +780,22 @@ async fn move_lease(
     }
 }
 
+/// The running daemon, if it is to hand over.
+async fn predecessor(settings: &Settings) -> Result<Option<Predecessor>, heir::Error> {
+    if !settings.handover {
+        return Ok(None);
+    }
+    let path = handover::beside(&settings.status_socket);
+    let found = Predecessor::find(&path).await?;
+    if found.is_none() {
+        info!(
+            "no flanneld runs that listens at {}: there is nothing to take over",
+            path.display()
+        );
+    }
+    Ok(found)
+}
+
 /// What an earlier run has written into the subnet file.
 fn previous(settings: &Settings) -> Previous {
     Previous::read(&settings.subnet_file).unwrap_or_else(|error| {
@@ -738,6 +874,7 @@ fn backend_of(
     external: &External,
     overlays: &Overlays,
     settings: &Settings,
+    left: Descriptors,
     failures: mpsc::UnboundedSender<Failure>,
 ) -> Result<Box<dyn Backend>, backend::Error> {
     let kind = network.backend().kind();
@@ -747,7 +884,14 @@ fn backend_of(
     Ok(match network.backend() {
         network::Backend::Udp(udp) => {
             let sandbox = settings.sandbox.clone();
-            Box::new(udp::Udp::new(external, udp.clone(), settings.udp, failures, sandbox)?)
+            Box::new(udp::Udp::new(
+                external,
+                udp.clone(),
+                settings.udp,
+                left,
+                failures,
+                sandbox,
+            )?)
         }
         network::Backend::Vxlan(vxlan) => Box::new(Vxlan::new(external, vxlan.clone(), overlays)?),
         network::Backend::HostGw => Box::new(HostGw::new(external, overlays)?),
@@ -801,16 +945,25 @@ async fn claim_after_others(
     }
 }
 
-/// Takes this host's lease, as long as it takes the registry to answer.
+/// Takes this host's lease, or goes on with that of the daemon `before`, as long as it takes the registry to answer.
 async fn lease(
     registry: &dyn Registry,
     network: &Network,
     value: &LeaseValue,
     previous: &Previous,
+    before: Option<&Predecessor>,
 ) -> Result<Own, Error> {
     let mut outage = Outage::of("taking a lease");
     loop {
-        match acquire::acquire(registry, network, value, previous).await {
+        let taken = match before {
+            None => acquire::acquire(registry, network, value, previous).await,
+            Some(before) => match acquire::go_on(registry, before.subnets(), value).await {
+                Ok(None) => return Err(before.lost_its_lease().into()),
+                Ok(Some(own)) => Ok(own),
+                Err(error) => Err(error.into()),
+            },
+        };
+        match taken {
             Ok(own) => {
                 outage.over();
                 return Ok(own);
@@ -868,10 +1021,4 @@ async fn keep_presence(registry: &Arc<dyn Registry>, claims: &Claims, claiming: 
         Ok(None) => pending().await,
         Err(error) => error,
     }
-}
-
-/// For units of `Type=notify`. Without a supervisor there is nobody to tell, and one that does not listen is no reason to
-/// stop.
-fn tell_supervisor(state: NotifyState<'_>) {
-    let _ = sd_notify::notify(&[state]);
 }

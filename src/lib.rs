@@ -9,6 +9,8 @@
 //! | [`lab`] | hosts and containers as network namespaces, for the demo and the tests |
 //! | [`daemon`] | the run: wires the rest together, and takes it down in order |
 //! | [`doctor`] | what is wrong on a host, and what to do about it |
+//! | [`handover`] | one daemon goes on in the place of another |
+//! | [`supervisor`] | what runs the daemon: told how it is, keeps its descriptors |
 //! | [`backend`] | the desired peers become state: [`backend::udp`], [`backend::vxlan`], [`backend::host_gw`] |
 //! | [`rules`] | masquerade and forward rules, by iptables or nftables |
 //! | [`lease`] | choosing, taking, keeping and watching subnets |
@@ -35,6 +37,7 @@ pub mod daemon;
 pub mod doctor;
 pub mod engine;
 mod files;
+pub mod handover;
 mod json;
 pub mod kernel;
 pub mod lab;
@@ -48,4 +51,5 @@ pub mod route_table;
 pub mod rules;
 pub mod sandbox;
 pub mod subnet_file;
+pub mod supervisor;
 pub mod sys;

@@ -13,9 +13,10 @@ mod repairs;
 pub mod udp;
 mod udp_device;
 mod udp_report;
+mod udp_sockets;
 pub mod vxlan;
 
-use std::{io, net::Ipv4Addr, time::Duration};
+use std::{io, net::Ipv4Addr, os::fd::OwnedFd, time::Duration};
 
 use ipnet::IpNet;
 use serde_json::Value;
@@ -24,7 +25,7 @@ use crate::{
     kernel::{self, external::External, monitor::Change},
     lease::{record::Lease, watch::PeerSet},
     network::{BackendKind, Network},
-    observe::board::Report,
+    observe::{board::Report, status::Counts},
     subnet_file::Previous,
 };
 
@@ -44,11 +45,39 @@ pub trait Backend: Send {
     /// The largest packet in bytes that containers may send (`FLANNEL_MTU`).
     fn mtu(&self) -> u32;
 
-    /// Sets up the device for this host's lease; no peers yet.
+    /// Sets up the device for this host's lease; no peers yet, and packets wait until [`Backend::resume`].
     ///
     /// # Errors
     /// When the kernel refuses; what was set up till then goes with the backend, except what the kernel carries packets by.
     fn start(&mut self, network: &Network, own: &Lease) -> Result<(), Error>;
+
+    /// Carries packets from now on, if it is the backend that does; a second call changes nothing.
+    ///
+    /// # Errors
+    /// When the system does not give what that takes.
+    fn resume(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// Carries no more packets until [`Backend::resume`], if it is the backend that does: those that it has taken are carried to
+    /// their end, and all others wait in the kernel.
+    fn pause(&mut self) {}
+
+    /// What packets are carried through, for another process to go on with; nothing where the kernel carries them.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    fn descriptors(&self) -> io::Result<Descriptors> {
+        Ok(Descriptors::default())
+    }
+
+    /// Changes whenever the descriptors are others than before.
+    fn generation(&self) -> u64 {
+        0
+    }
+
+    /// Goes on counting from what the process before has counted; only while no packets are carried.
+    fn count_from(&mut self, before: &Counts);
 
     /// Makes `peers` reachable, and none besides.
     ///
@@ -80,6 +109,24 @@ pub trait Backend: Send {
     /// What tells of the backend's doings, from any thread, also when the backend is gone; once it has started. Another one
     /// after an [`adapt`](Backend::adapt).
     fn report(&self) -> Option<Report>;
+}
+
+/// What packets are carried through, as descriptors that outlive a process.
+#[derive(Debug, Default)]
+pub struct Descriptors {
+    /// The queues of the TUN device.
+    pub queues: Vec<OwnedFd>,
+    /// The UDP sockets: those on the tunnel's port first, then those of the other source ports.
+    pub sockets: Vec<OwnedFd>,
+    /// Whether another process uses them still, and goes on with them if this one does not.
+    pub shared: bool,
+}
+
+impl Descriptors {
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.queues.is_empty() && self.sockets.is_empty()
+    }
 }
 
 /// The IPv4 overlays whose routes and devices are this daemon's business: the one that is configured, and the one of the run
@@ -222,6 +269,12 @@ pub enum Error {
         /// The network's.
         overlay: IpNet,
     },
+    /// What another daemon has handed over does not fit.
+    #[error(
+        "cannot go on with the running flanneld's TUN device: {0}. It goes on by itself; to change that, stop it and start this \
+         one without --handover"
+    )]
+    Misfit(String),
     /// The engine does not start.
     #[error("cannot start the packet engine")]
     Engine(#[source] io::Error),

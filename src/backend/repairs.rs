@@ -16,12 +16,20 @@ use crate::{
 
 /// How often, by what it was. Clones share the count.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Repairs(Arc<Mutex<BTreeMap<&'static str, u64>>>);
+pub(super) struct Repairs(Arc<Mutex<BTreeMap<String, u64>>>);
 
 impl Repairs {
     pub(super) fn count(&self, what: &'static str) {
         let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        *counts.entry(what).or_default() += 1;
+        *counts.entry(what.to_owned()).or_default() += 1;
+    }
+
+    /// Goes on from what another process has counted.
+    pub(super) fn count_from(&self, before: &BTreeMap<String, u64>) {
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for (what, count) in before {
+            *counts.entry(what.clone()).or_default() += count;
+        }
     }
 
     pub(super) fn count_operation(&self, operation: &Operation) {
@@ -34,10 +42,7 @@ impl Repairs {
 
     pub(super) fn counts(&self) -> BTreeMap<String, u64> {
         let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        counts
-            .iter()
-            .map(|(what, count)| ((*what).to_owned(), *count))
-            .collect()
+        counts.clone()
     }
 
     /// What a backend tells that leaves the packets to the kernel.

@@ -5,8 +5,9 @@
 
 use std::{
     io,
-    net::{Ipv4Addr, SocketAddr, UdpSocket},
+    net::{Ipv4Addr, SocketAddr},
     num::NonZeroUsize,
+    os::fd::{AsFd, OwnedFd},
     sync::{Arc, Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -19,29 +20,30 @@ use tracing::{info, warn};
 
 use crate::{
     engine::{
-        Engine, Failure, IcmpSource, Offloads, Parts,
+        Engine, Failure, IcmpSource, Observer, Offloads, Parts, Sockets,
         admission::{self, Admission},
-        counters::Counters,
         io::Way,
         peers::PeerIds,
+        snapshot::WorkerSnapshot,
     },
     kernel::{Kernel, external::External, monitor::Change},
     lease::{record::Lease, watch::PeerSet},
     network::{self, BackendKind, Network, SourceCheck},
-    observe::{board::Report, chain, outage::Outage},
+    observe::{board::Report, chain, outage::Outage, status::Counts},
     route_table::{Peer, RouteTable, Routes},
     sandbox::Sandbox,
     sys::{
-        tun::{self, Tun, TunOffload},
+        tun::{Tun, TunOffload},
         udp, uring,
     },
 };
 
 use super::{
-    Backend, Error, LEAST_MTU,
+    Backend, Descriptors, Error, LEAST_MTU,
     repairs::Repairs,
     udp_device,
-    udp_report::{Facts, overflow},
+    udp_report::{Facts, overflow, peer_before, worker_before},
+    udp_sockets,
 };
 
 /// The kernel puts the first free number in.
@@ -52,11 +54,6 @@ const OVERHEAD: u32 = 28;
 
 /// The longest IPv4 packet (RFC 791): loopback has a larger MTU.
 const LONGEST_PACKET: u32 = 65_535;
-
-/// How long, and how often, a port that is taken is tried again: the kernel closes the files of a killed daemon that has used
-/// io_uring some 20 ms after its end ([`crate::sys::uring`]), on a busy machine later.
-const PORT_PATIENCE: Duration = Duration::from_millis(500);
-const PORT_RETRY: Duration = Duration::from_millis(10);
 
 /// More workers than this by default would only wait for each other; `--workers` goes further.
 const MOST_DEFAULT_WORKERS: usize = 16;
@@ -119,16 +116,25 @@ pub struct Udp {
     failures: UnboundedSender<Failure>,
     sandbox: Sandbox,
     /// Each worker's. They outlive the engine: what comes while another one is made waits in them.
-    sockets: Vec<Arc<[UdpSocket]>>,
+    sockets: Vec<Sockets>,
+    /// A device's queues that an earlier process has left.
+    left: Vec<OwnedFd>,
+    /// Whether that process uses them still.
+    shared: bool,
     /// What it was started with.
     started: Option<(Network, Lease)>,
-    /// `None` also while the device cannot be made again.
-    running: Option<Running>,
-    /// What the workers have counted, on which those of the next engine go on.
-    counters: Vec<Arc<Counters>>,
+    /// `None` also while it cannot be made again.
+    device: Option<Device>,
+    /// Whether packets are to be carried.
+    carrying: bool,
+    engine: Option<Engine>,
+    /// Where the workers count, on which those of the next engine go on.
+    observer: Option<Observer>,
     repairs: Repairs,
     /// What is told, of the engine that runs or of the last one that did.
     facts: Option<Arc<ArcSwap<Facts>>>,
+    /// How often the descriptors have changed.
+    generation: u64,
     /// Whether others may have changed the device.
     unsure: bool,
     trouble: Outage,
@@ -137,19 +143,19 @@ pub struct Udp {
 }
 
 /// What there is once the device is set up.
-struct Running {
-    /// Stops when it is dropped, and the device goes with it.
-    engine: Engine,
-    /// The device's.
+struct Device {
+    /// It goes with its last queue.
+    tun: Tun,
     index: u32,
-    /// When the device was made.
+    tun_offload: TunOffload,
+    /// When it was made.
     since: Instant,
     facts: Arc<Facts>,
 }
 
 impl Udp {
-    /// Takes the tunnel's port on the external address. Workers that cannot go on say why through `failures`; `sandbox` confines
-    /// them.
+    /// Takes the tunnel's port on the external address, and of what an earlier process has `left` what fits. Workers that cannot
+    /// go on say why through `failures`; `sandbox` confines them.
     ///
     /// # Errors
     /// When the port is in use, or the external MTU is too small.
@@ -157,6 +163,7 @@ impl Udp {
         external: &External,
         configuration: network::Udp,
         options: Options,
+        left: Descriptors,
         failures: UnboundedSender<Failure>,
         sandbox: Sandbox,
     ) -> Result<Self, Error> {
@@ -168,7 +175,19 @@ impl Udp {
                 .map_or(1, NonZeroUsize::get)
                 .min(MOST_DEFAULT_WORKERS),
         };
-        let sockets = bind_on(external, &configuration, workers)?;
+        let workers = if left.shared && !left.queues.is_empty() {
+            // The kernel would give a new queue its part of the flows before there is a worker for it.
+            if left.queues.len() != workers {
+                info!(
+                    "going on with the {} worker(s) of the running flanneld; a restart makes them {workers}",
+                    left.queues.len()
+                );
+            }
+            left.queues.len()
+        } else {
+            workers
+        };
+        let sockets = udp_sockets::bind_on(external, &configuration, workers, left.sockets)?;
         Ok(Self {
             external: external.clone(),
             configuration,
@@ -180,50 +199,78 @@ impl Udp {
             failures,
             sandbox,
             sockets,
+            left: left.queues,
+            shared: left.shared,
             started: None,
-            running: None,
-            counters: Vec::new(),
+            device: None,
+            carrying: false,
+            engine: None,
+            observer: None,
             repairs: Repairs::default(),
             facts: None,
+            generation: 0,
             unsure: false,
             trouble: Outage::of("looking after the TUN device"),
             again_after: None,
         })
     }
 
-    fn open_queues(&self) -> io::Result<(Tun, TunOffload)> {
-        if self.options.offload {
-            tun::open_offload(DEVICE, self.workers)
-        } else {
-            tun::open_multi_queue(DEVICE, self.workers).map(|device| (device, TunOffload::None))
+    /// The device that was left, if it fits, or else a new one.
+    fn take_device(&mut self, kernel: &mut Kernel, own: &Lease) -> Result<(Tun, TunOffload), Error> {
+        let left = std::mem::take(&mut self.left);
+        if !left.is_empty() {
+            match udp_device::adopt(kernel, left, &self.options, self.workers, own) {
+                Ok(device) => return Ok(device),
+                Err((why, _)) if self.shared => return Err(Error::Misfit(why)),
+                Err((why, index)) => {
+                    info!("making the TUN device anew, since that of the run before does not fit: {why}");
+                    // Whoever else keeps it would keep its route, too.
+                    index.map_or(Ok(()), |index| kernel.remove_link(index))?;
+                }
+            }
+        }
+        let (device, offload) = udp_device::open(&self.options, self.workers)?;
+        self.workers = device.queues.len();
+        self.sockets.truncate(self.workers);
+        Ok((device, offload))
+    }
+
+    /// What the kernel does for these sockets and for this device.
+    fn offloads(&self, tun_offload: TunOffload) -> Offloads {
+        let wanted = self.options.offload;
+        let all = self.sockets.iter().flat_map(|sockets| sockets.iter());
+        let mut tunnels = self.sockets.iter().map(|sockets| &sockets[0]);
+        Offloads {
+            tun_tcp: tun_offload >= TunOffload::Tcp,
+            tun_udp: tun_offload == TunOffload::TcpUdp,
+            udp_segment: wanted && all.into_iter().all(udp::can_segment),
+            udp_gro: if wanted {
+                tunnels.all(|socket| udp::enable_gro(socket).is_ok())
+            } else {
+                // An earlier process may have switched it on; a kernel that does not know it has it off.
+                tunnels.for_each(|socket| drop(udp::disable_gro(socket)));
+                false
+            },
         }
     }
 
-    /// Opens the TUN device, by the plain path where the fast one is refused.
-    fn open_device(&mut self) -> Result<(Tun, TunOffload), Error> {
-        let opened = match self.options.tun {
-            TunMode::Plain => tun::open_plain(DEVICE).map(|device| (device, TunOffload::None)),
-            TunMode::Auto => self.open_queues().or_else(|error| {
-                if error.raw_os_error() != Some(libc::EINVAL) {
-                    return Err(error);
-                }
-                warn!("the kernel refuses a TUN device with several queues ({error}): using one queue and one worker");
-                self.workers = 1;
-                self.sockets.truncate(1);
-                tun::open_plain(DEVICE).map(|device| (device, TunOffload::None))
-            }),
+    fn say_up(&self) {
+        let (Some((_, own)), Some(Device { facts, .. })) = (&self.started, &self.device) else {
+            return;
         };
-        opened.map_err(|source| Error::Tun {
-            pattern: DEVICE,
-            hint: match source.raw_os_error() {
-                Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
-                    "there is no TUN driver here: run `modprobe tun`, or give the container /dev/net/tun"
-                }
-                Some(libc::EPERM | libc::EACCES) => "run as root, or with CAP_NET_ADMIN",
-                _ => "the system refuses",
-            },
-            source,
-        })
+        info!(
+            "{} is up: address {}, MTU {}, {} worker{}, UDP {}:{} on {}, I/O {}, offloads: {}",
+            facts.device,
+            own.subnets.v4().addr(),
+            self.mtu,
+            self.workers,
+            if self.workers == 1 { "" } else { "s" },
+            self.external.address,
+            self.configuration.port,
+            self.external.name,
+            facts.way,
+            facts.observer.offloads(),
+        );
     }
 }
 
@@ -239,6 +286,46 @@ impl Backend for Udp {
     fn start(&mut self, network: &Network, own: &Lease) -> Result<(), Error> {
         self.started = Some((network.clone(), own.clone()));
         self.make(network, own)
+    }
+
+    fn resume(&mut self) -> Result<(), Error> {
+        self.carrying = true;
+        self.start_engine()
+    }
+
+    fn pause(&mut self) {
+        self.carrying = false;
+        self.engine = None;
+    }
+
+    fn descriptors(&self) -> io::Result<Descriptors> {
+        let queues = self.device.iter().flat_map(|device| &device.tun.queues);
+        let queues: io::Result<_> = queues.map(|queue| queue.as_fd().try_clone_to_owned()).collect();
+        let ports = self.sockets.first().map_or(0, |sockets| sockets.len());
+        let by_port = (0..ports).flat_map(|port| self.sockets.iter().map(move |sockets| &sockets[port]));
+        let sockets: io::Result<_> = by_port.map(|socket| socket.as_fd().try_clone_to_owned()).collect();
+        Ok(Descriptors {
+            queues: queues?,
+            sockets: sockets?,
+            shared: true,
+        })
+    }
+
+    fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    fn count_from(&mut self, before: &Counts) {
+        let workers: Vec<WorkerSnapshot> = before.workers.iter().map(worker_before).collect();
+        let offloads = self.observer.as_ref().map(Observer::offloads).unwrap_or_default();
+        let observer = Observer::new(&self.sockets, offloads, &workers);
+        let mut ids = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        for (host, traffic) in &before.peers {
+            observer.add_peer(&peer_before(ids.id(*host), traffic));
+        }
+        drop(ids);
+        self.repairs.count_from(&before.repairs);
+        self.observe(observer);
     }
 
     fn apply(&mut self, peers: &PeerSet) -> Result<(), Error> {
@@ -259,11 +346,11 @@ impl Backend for Udp {
     }
 
     fn notice(&mut self, changes: &[Change]) -> bool {
-        let Some(running) = &self.running else { return false };
+        let Some(device) = &self.device else { return false };
         let overlay = self.started.as_ref().and_then(|(network, _)| network.ipv4());
         self.unsure |= changes.iter().any(|change| match change {
-            Change::Link { index, .. } => *index == running.index,
-            Change::Address { link, .. } => *link == running.index,
+            Change::Link { index, .. } => *index == device.index,
+            Change::Address { link, .. } => *link == device.index,
             Change::Route { found, gone } => {
                 *gone && overlay.is_some_and(|plan| found.route.to == IpNet::V4(plan.network()))
             }
@@ -281,34 +368,38 @@ impl Backend for Udp {
         self.again_after
     }
 
-    /// Another address needs other sockets, and so another engine: packets are lost until it runs. All else is changed in place.
+    /// Another address needs other sockets, and so other workers: packets wait in the device until these run.
     fn adapt(&mut self, external: &External) -> Result<(), Error> {
         let mtu = mtu_over(external)?;
-        if external.address != self.external.address {
-            let sockets = bind_on(external, &self.configuration, self.workers)?;
-            self.stop();
-            self.sockets = sockets;
-            self.external = external.clone();
-            self.mtu = mtu;
-            self.look_after_device();
-            return Ok(());
-        }
-        if let Some(running) = &mut self.running
-            && mtu != self.mtu
+        let sockets = if external.address == self.external.address {
+            None
+        } else {
+            Some(udp_sockets::bind_on(
+                external,
+                &self.configuration,
+                self.workers,
+                Vec::new(),
+            )?)
+        };
+        if mtu != self.mtu
+            && let Some(device) = &mut self.device
         {
             let mut kernel = Kernel::open()?;
-            if kernel.links()?.iter().any(|link| link.index == running.index) {
-                kernel.set_mtu(running.index, mtu)?;
+            if kernel.links()?.iter().any(|link| link.index == device.index) {
+                kernel.set_mtu(device.index, mtu)?;
             }
-            running.facts = Arc::new(Facts {
+            device.facts = Arc::new(Facts {
                 mtu,
-                ..(*running.facts).clone()
+                ..(*device.facts).clone()
             });
-            let facts = Arc::clone(&running.facts);
+            let facts = Arc::clone(&device.facts);
             self.tell(&facts);
         }
         self.external = external.clone();
         self.mtu = mtu;
+        if let Some(sockets) = sockets {
+            self.exchange(sockets);
+        }
         Ok(())
     }
 
@@ -325,73 +416,101 @@ impl Drop for Udp {
 }
 
 impl Udp {
-    /// Makes the device, and an engine on it.
+    /// Makes the device, or takes the one that was left, and lets the engine run on it if it is to run.
     fn make(&mut self, network: &Network, own: &Lease) -> Result<(), Error> {
-        let (device, tun_offload) = self.open_device()?;
-        let index = udp_device::configure(
-            &mut Kernel::open()?,
-            &device.name,
-            self.mtu,
-            &self.external,
-            network,
-            own,
-        )?;
-        let offload = self.options.offload;
-        let offloads = Offloads {
-            tun_tcp: tun_offload >= TunOffload::Tcp,
-            tun_udp: tun_offload == TunOffload::TcpUdp,
-            udp_segment: offload && self.sockets.iter().flat_map(|sockets| &**sockets).all(udp::can_segment),
-            udp_gro: offload && self.sockets.iter().all(|sockets| udp::enable_gro(&sockets[0]).is_ok()),
-        };
+        let mut kernel = Kernel::open()?;
+        let (tun, tun_offload) = self.take_device(&mut kernel, own)?;
+        let index = udp_device::configure(&mut kernel, &tun.name, self.mtu, &self.external, network, own)?;
         let (way, refused) = choose_way(self.options.io, uring::probe);
         if let Some(reason) = refused {
             warn!("cannot use io_uring: {reason}; packets are moved with system calls (--io=mmsg) instead");
         }
-        let failures = self.failures.clone();
-        let parts = Parts {
-            queues: device.queues,
-            sockets: self.sockets.clone(),
-            counters: self.counters.clone(),
-            routes: self.routes.clone(),
-            admission: Admission::new(source_check(self.configuration.source_check), own.subnets.nets()),
-            icmp_source: icmp_source(own),
-            offloads,
-            way,
-            pin: self.options.pin,
-            busy_poll: self.options.busy_poll,
+        let offloads = self.offloads(tun_offload);
+        let observer = match &self.observer {
+            Some(before) => before.on_others(&self.sockets, offloads),
+            None => Observer::new(&self.sockets, offloads, &[]),
         };
-        // Nobody listens any more when the daemon is ending.
-        let failed = move |failure| drop(failures.send(failure));
-        let confined = self.sandbox.workers(way == Way::Uring);
-        let engine = Engine::start(parts, move || confined.confine(), failed).map_err(Error::Engine)?;
-        info!(
-            "{} is up: address {}, MTU {}, {} worker{}, UDP {}:{} on {}, I/O {way}, offloads: {offloads}",
-            device.name,
-            own.subnets.v4().addr(),
-            self.mtu,
-            self.workers,
-            if self.workers == 1 { "" } else { "s" },
-            self.external.address,
-            self.configuration.port,
-            self.external.name,
-        );
         let facts = Arc::new(Facts {
-            device: device.name,
+            device: tun.name.clone(),
             mtu: self.mtu,
             way,
             options: self.options,
-            observer: engine.observer().clone(),
+            observer: observer.clone(),
             peers: Arc::clone(&self.peers),
             repairs: self.repairs.clone(),
         });
-        self.tell(&facts);
-        self.running = Some(Running {
-            engine,
+        self.device = Some(Device {
+            tun,
             index,
+            tun_offload,
             since: Instant::now(),
             facts,
         });
+        self.generation += 1;
+        self.observe(observer);
+        self.say_up();
+        self.start_engine()
+    }
+
+    /// Lets the workers run, if they are to run and do not yet.
+    fn start_engine(&mut self) -> Result<(), Error> {
+        let (true, None, Some((_, own)), Some(device)) = (self.carrying, &self.engine, &self.started, &self.device)
+        else {
+            return Ok(());
+        };
+        let parts = Parts {
+            queues: device.tun.queues.clone(),
+            sockets: self.sockets.clone(),
+            observer: device.facts.observer.clone(),
+            routes: self.routes.clone(),
+            admission: Admission::new(source_check(self.configuration.source_check), own.subnets.nets()),
+            icmp_source: icmp_source(own),
+            way: device.facts.way,
+            pin: self.options.pin,
+            busy_poll: self.options.busy_poll,
+        };
+        let failures = self.failures.clone();
+        // Nobody listens any more when the daemon is ending.
+        let failed = move |failure| drop(failures.send(failure));
+        let confined = self.sandbox.workers(parts.way == Way::Uring);
+        let engine = Engine::start(parts, move || confined.confine(), failed).map_err(Error::Engine)?;
+        self.engine = Some(engine);
         Ok(())
+    }
+
+    /// Goes on with other sockets; what has come to those before is carried first.
+    fn exchange(&mut self, sockets: Vec<Sockets>) {
+        self.engine = None;
+        let before = std::mem::replace(&mut self.sockets, sockets);
+        self.generation += 1;
+        let Some(tun_offload) = self.device.as_ref().map(|device| device.tun_offload) else {
+            return;
+        };
+        let offloads = self.offloads(tun_offload);
+        if let Some(observer) = &self.observer {
+            self.observe(observer.on_others(&self.sockets, offloads));
+        }
+        // Asked a last time what it has dropped.
+        drop(before);
+        self.say_up();
+        // Tried again, with all the rest, if the system does not let it.
+        if let Err(error) = self.start_engine() {
+            self.again_after = Some(self.trouble.failed(&chain(&error)));
+            self.unsure = true;
+        }
+    }
+
+    /// Tells of what these workers count.
+    fn observe(&mut self, observer: Observer) {
+        self.observer = Some(observer.clone());
+        if let Some(device) = &mut self.device {
+            device.facts = Arc::new(Facts {
+                observer,
+                ..(*device.facts).clone()
+            });
+            let facts = Arc::clone(&device.facts);
+            self.tell(&facts);
+        }
     }
 
     /// Looks whether the device is still as it was set up, if that is not certain, and makes it again if it is gone.
@@ -399,7 +518,7 @@ impl Udp {
         let Some((network, own)) = self.started.clone() else {
             return;
         };
-        if self.running.is_some() && !self.unsure {
+        if self.device.is_some() && !self.unsure {
             return;
         }
         self.again_after = None;
@@ -413,26 +532,18 @@ impl Udp {
     }
 
     fn put_right(&mut self, network: &Network, own: &Lease) -> Result<(), Error> {
-        if let Some(running) = &self.running {
+        if let Some(device) = &self.device {
             let mut kernel = Kernel::open()?;
-            let device = &running.facts.device;
-            if udp_device::put_right(
-                &mut kernel,
-                running.index,
-                device,
-                self.mtu,
-                network,
-                own,
-                &self.repairs,
-            )? {
-                return Ok(());
+            let name = &device.tun.name;
+            if udp_device::put_right(&mut kernel, device.index, name, self.mtu, network, own, &self.repairs)? {
+                return self.start_engine();
             }
-            if let Some(left) = LIFETIME.checked_sub(running.since.elapsed()) {
+            if let Some(left) = LIFETIME.checked_sub(device.since.elapsed()) {
                 self.again_after = Some(left);
                 return Ok(());
             }
             warn!(
-                "the TUN device {device} was removed: making it again, as packets are lost without it; to be rid of it, stop \
+                "the TUN device {name} was removed: making it again, as packets are lost without it; to be rid of it, stop \
                  this daemon"
             );
             self.repairs.count("device");
@@ -444,11 +555,8 @@ impl Udp {
     /// Ends the engine, and with it the device.
     fn stop(&mut self) {
         self.tell_counters();
-        if let Some(Running { engine, .. }) = self.running.take() {
-            let observer = engine.observer().clone();
-            drop(engine);
-            self.counters = observer.counters();
-        }
+        self.engine = None;
+        self.device = None;
     }
 
     fn tell(&mut self, facts: &Arc<Facts>) {
@@ -460,7 +568,7 @@ impl Udp {
 
     /// What the engine has done, for the log.
     fn tell_counters(&self) {
-        let Some(Running { facts, .. }) = &self.running else {
+        let Some(Device { facts, .. }) = &self.device else {
             return;
         };
         let device = &facts.device;
@@ -469,44 +577,6 @@ impl Udp {
         });
         info!("{}{overflow}", facts.observer.snapshot().summary());
     }
-}
-
-fn bind_on(external: &External, configuration: &network::Udp, workers: usize) -> Result<Vec<Arc<[UdpSocket]>>, Error> {
-    let address = SocketAddr::new(external.address.into(), configuration.port);
-    bind(address, workers, configuration.source_ports.get()).map_err(|source| Error::Bind {
-        address,
-        hint: match source.kind() {
-            io::ErrorKind::AddrInUse => {
-                "another process has the port, perhaps another flanneld; stop it, or give this network another Backend.Port"
-            }
-            io::ErrorKind::AddrNotAvailable => "this host does not have the address any more",
-            _ => "the system refuses",
-        },
-        source,
-    })
-}
-
-/// For each worker the tunnel's socket and, with more than one source port, one for each of the others. All workers have the same
-/// ports, so that a flow keeps its own whichever worker carries it.
-fn bind(address: SocketAddr, workers: usize, source_ports: u8) -> io::Result<Vec<Arc<[UdpSocket]>>> {
-    let begun = Instant::now();
-    let tunnel = loop {
-        match udp::bind_group(address, workers) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse && begun.elapsed() < PORT_PATIENCE => {
-                thread::sleep(PORT_RETRY);
-            }
-            bound => break bound?,
-        }
-    };
-    let mut sockets: Vec<Vec<UdpSocket>> = tunnel.into_iter().map(|socket| vec![socket]).collect();
-    for _ in 1..source_ports {
-        let source = udp::bind_source(address.ip(), workers)?;
-        sockets
-            .iter_mut()
-            .zip(source)
-            .for_each(|(of_worker, socket)| of_worker.push(socket));
-    }
-    Ok(sockets.into_iter().map(Arc::from).collect())
 }
 
 /// The way that the user wants, or the one that every kernel has, with the reason, where that is refused.

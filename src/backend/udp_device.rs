@@ -1,22 +1,113 @@
-//! The TUN device's place in the kernel: its addresses and the overlay's route into it.
+//! The TUN device, made anew or as an earlier process has left it, and its place in the kernel: its addresses and the overlay's
+//! route into it.
 
-use std::io;
+use std::{io, os::fd::OwnedFd};
 
 use ipnet::IpNet;
-use tracing::info;
+use tracing::{info, warn};
 
-use super::{Error, repairs::Repairs, udp::DEVICE};
+use super::{
+    Error,
+    repairs::Repairs,
+    udp::{DEVICE, Options, TunMode},
+};
 use crate::{
     kernel::{self, Kernel, external::External},
     lease::record::Lease,
     network::Network,
+    sys::tun::{self, Tun, TunOffload},
 };
 
 /// Packets that may wait for a worker. The kernel's 500 for TUN devices is less than what one TCP stream sends in the time
 /// that a worker is off its processor; 1,000 is what Ethernet devices have.
 const DEVICE_QUEUE: u32 = 1_000;
 
-/// Gives the device its addresses, brings it up and routes the overlay into it; its index.
+/// Makes the device, with a queue for each of `workers`: by the plain path, with one queue, where the fast one is refused.
+pub(super) fn open(options: &Options, workers: usize) -> Result<(Tun, TunOffload), Error> {
+    let none = |device| (device, TunOffload::None);
+    let opened = match options.tun {
+        TunMode::Plain => tun::open_plain(DEVICE).map(none),
+        TunMode::Auto => {
+            let opened = if options.offload {
+                tun::open_offload(DEVICE, workers)
+            } else {
+                tun::open_multi_queue(DEVICE, workers).map(none)
+            };
+            opened.or_else(|error| {
+                if error.raw_os_error() != Some(libc::EINVAL) {
+                    return Err(error);
+                }
+                warn!("the kernel refuses a TUN device with several queues ({error}): using one queue and one worker");
+                tun::open_plain(DEVICE).map(none)
+            })
+        }
+    };
+    opened.map_err(|source| Error::Tun {
+        pattern: DEVICE,
+        hint: match source.raw_os_error() {
+            Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
+                "there is no TUN driver here: run `modprobe tun`, or give the container /dev/net/tun"
+            }
+            Some(libc::EPERM | libc::EACCES) => "run as root, or with CAP_NET_ADMIN",
+            _ => "the system refuses",
+        },
+        source,
+    })
+}
+
+/// The device whose queues an earlier process has left, with a queue for each of `workers` and all that the queues hold.
+///
+/// # Errors
+/// Why it does not fit, with the device's index if it is there.
+pub(super) fn adopt(
+    kernel: &mut Kernel,
+    queues: Vec<OwnedFd>,
+    options: &Options,
+    workers: usize,
+    own: &Lease,
+) -> Result<(Tun, TunOffload), (String, Option<u32>)> {
+    let mut device = Tun::adopt(queues).map_err(|error| (format!("it is gone: {error}"), None))?;
+    let links = kernel.links().map_err(|error| (error.to_string(), None))?;
+    let Some(link) = links.iter().find(|link| link.name == device.name) else {
+        return Err((format!("{} is not in this network namespace", device.name), None));
+    };
+    let misfit = |why: String| Err((why, Some(link.index)));
+    let plain = options.tun == TunMode::Plain;
+    if plain == device.multi_queue {
+        return misfit("--tun is another now".to_owned());
+    }
+    if device.has_headers() != (options.offload && !plain) {
+        return misfit("--offload is another now".to_owned());
+    }
+    // The link-local address is the kernel's own doing.
+    let foreign = link.addresses.iter().find(|address| match address {
+        IpNet::V6(v6) if v6.addr().is_unicast_link_local() => false,
+        address => !own.subnets.nets().any(|net| own_address(net) == **address),
+    });
+    if let Some(address) = foreign {
+        return misfit(format!(
+            "it has the address {address}, and this host's subnet is {}",
+            own.subnets.to_cidrs()
+        ));
+    }
+    device.queues.truncate(workers);
+    while device.queues.len() < workers {
+        if let Err(error) = device.add_queue() {
+            return misfit(format!("it gets no more queues: {error}"));
+        }
+    }
+    let offload = if device.has_headers() {
+        match device.set_most_offload() {
+            Some(offload) => offload,
+            None => return misfit("it refuses all offloads".to_owned()),
+        }
+    } else {
+        TunOffload::None
+    };
+    Ok((device, offload))
+}
+
+/// Gives the device its addresses, as far as it has not got them, brings it up and routes the overlay into it; its index.
 pub(super) fn configure(
     kernel: &mut Kernel,
     name: &str,
@@ -32,18 +123,18 @@ pub(super) fn configure(
             .find(|link| link.index == index)
             .map_or("?", |link| link.name.as_str())
     };
-    let index = links
-        .iter()
-        .find(|link| link.name == name)
-        .map(|link| link.index)
-        .ok_or_else(|| Error::Tun {
-            pattern: DEVICE,
-            hint: "it was removed in the moment in which it was made",
-            source: io::ErrorKind::NotFound.into(),
-        })?;
+    let link = links.iter().find(|link| link.name == name);
+    let link = link.ok_or_else(|| Error::Tun {
+        pattern: DEVICE,
+        hint: "it was removed in the moment in which it was made",
+        source: io::ErrorKind::NotFound.into(),
+    })?;
+    let index = link.index;
     kernel.bring_up(index, mtu, DEVICE_QUEUE)?;
-    for net in own.subnets.nets() {
-        kernel.add_address(index, own_address(net))?;
+    for address in own.subnets.nets().map(own_address) {
+        if !link.addresses.contains(&address) {
+            kernel.add_address(index, address)?;
+        }
     }
     for overlay in overlays(network) {
         kernel.add_route(overlay, index).or_else(|error| {
@@ -51,6 +142,9 @@ pub(super) fn configure(
                 return Err(error.into());
             }
             let other = kernel.link_of_route(overlay)?;
+            if other == Some(index) {
+                return Ok(());
+            }
             // To remove that route would cut the host off.
             if other == Some(external.index) {
                 return Err(Error::OverlayIsUnderlay {

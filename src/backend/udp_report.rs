@@ -13,7 +13,7 @@ use super::{
 use crate::{
     engine::{
         Observer, Offloads,
-        counters::uptime,
+        counters::{self, Drop, uptime},
         io::Way,
         peers::PeerIds,
         snapshot::{self, PeerSnapshot, Snapshot, WorkerSnapshot},
@@ -21,6 +21,7 @@ use crate::{
     kernel::Kernel,
     network::BackendKind,
     observe::status::{Backend, BackendReport, Engine, Offload, PeerTraffic, Traffic, Worker},
+    route_table::PeerId,
 };
 
 /// What stays as it is while the backend runs, and where to look for the rest.
@@ -146,6 +147,53 @@ fn worker(worker: &WorkerSnapshot) -> Worker {
     }
 }
 
+/// What [`worker`] makes a worker of, as far as it is told.
+pub(super) fn worker_before(worker: &Worker) -> WorkerSnapshot {
+    let of = |traffic: Traffic| snapshot::Traffic {
+        packets: traffic.packets,
+        bytes: traffic.bytes,
+    };
+    WorkerSnapshot {
+        sent: of(worker.sent),
+        received: of(worker.received),
+        superpackets_split: worker.superpackets_split,
+        messages_sent: worker.messages_sent,
+        messages_received: worker.messages_received,
+        superpackets_merged: worker.superpackets_merged,
+        icmp_errors: worker.icmp_errors,
+        drops: worker
+            .dropped
+            .iter()
+            .filter_map(|(name, count)| Some((Drop::named(name)?, *count)))
+            .collect(),
+        send_errors: worker
+            .send_errors
+            .iter()
+            .map(|(name, count)| (counters::send_error(name), *count))
+            .collect(),
+        socket_overflow: worker.socket_overflow,
+        ..WorkerSnapshot::default()
+    }
+}
+
+/// What [`peer_traffic`] makes a peer of.
+pub(super) fn peer_before(id: PeerId, peer: &PeerTraffic) -> PeerSnapshot {
+    let of = |traffic: Traffic| snapshot::Traffic {
+        packets: traffic.packets,
+        bytes: traffic.bytes,
+    };
+    PeerSnapshot {
+        id,
+        sent: of(peer.sent),
+        received: of(peer.received),
+        last_received: peer
+            .seconds_since_received
+            .map_or(0, |seconds| uptime().saturating_sub(seconds)),
+        unsent: peer.unsent,
+        refused: peer.refused,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -173,6 +221,38 @@ mod tests {
         let offloads = offloads(options, at_first, now);
         assert!(offloads.iter().all(|offload| offload.on == offload.why_not.is_none()));
         offloads.into_iter().map(|offload| offload.why_not).collect()
+    }
+
+    #[test]
+    fn what_is_told_of_a_worker_and_a_peer_is_what_is_counted_from() {
+        let told = Worker {
+            sent: Traffic { packets: 1, bytes: 20 },
+            messages_received: 3,
+            dropped: Drop::ALL
+                .iter()
+                .zip(4..)
+                .map(|(reason, count)| (reason.name().to_owned(), count))
+                .collect(),
+            send_errors: [("EPERM".to_owned(), 5), ("other".to_owned(), 6)].into(),
+            socket_overflow: 7,
+            ..Worker::default()
+        };
+        assert_eq!(worker(&worker_before(&told)), told);
+        let told = PeerTraffic {
+            received: Traffic { packets: 1, bytes: 20 },
+            seconds_since_received: Some(0),
+            refused: 3,
+            ..PeerTraffic::default()
+        };
+        let again = peer_traffic(&peer_before(PeerId::OTHERS, &told), uptime());
+        assert!(again.seconds_since_received.is_some_and(|seconds| seconds < 60));
+        assert_eq!(
+            PeerTraffic {
+                seconds_since_received: Some(0),
+                ..again
+            },
+            told
+        );
     }
 
     #[test]

@@ -208,6 +208,18 @@ pub struct RunArgs {
     )]
     pub sandbox: bool,
 
+    /// Go on in the place of the daemon that runs on this host, which then ends: no packet is lost. Without one, start as always
+    #[arg(
+        long,
+        env = "FLANNELD_HANDOVER",
+        value_name = BOOL,
+        default_value = "false",
+        value_parser = boolean,
+        action = ArgAction::Set,
+        help_heading = "Restart"
+    )]
+    pub handover: bool,
+
     /// How many threads carry packets, up to 64; 0: as many as the CPUs call for
     #[arg(
         long,
@@ -337,6 +349,7 @@ impl RunArgs {
                 pin: self.pin,
                 busy_poll: self.busy_poll,
             },
+            handover: self.handover,
             sandbox,
         }
     }

@@ -10,6 +10,7 @@ use std::{
 
 use nix::time::{ClockId, clock_gettime};
 
+use super::snapshot::{PeerSnapshot, Traffic, WorkerSnapshot};
 use crate::route_table::PeerId;
 
 /// A number that one thread adds to and all may read.
@@ -50,6 +51,11 @@ impl Flow {
     pub fn add(&self, packets: usize, bytes: usize) {
         self.packets.add(packets as u64);
         self.bytes.add(bytes as u64);
+    }
+
+    fn add_traffic(&self, before: Traffic) {
+        self.packets.add(before.packets);
+        self.bytes.add(before.bytes);
     }
 }
 
@@ -115,6 +121,30 @@ impl Counters {
         names.zip(self.send_errors.iter().map(Counter::get))
     }
 
+    /// Adds what another has counted; only before a worker counts here.
+    pub(super) fn add(&self, before: &WorkerSnapshot) {
+        self.sent.add_traffic(before.sent);
+        self.received.add_traffic(before.received);
+        for (counter, before) in [
+            (&self.superpackets_split, before.superpackets_split),
+            (&self.segments, before.segments),
+            (&self.messages_sent, before.messages_sent),
+            (&self.messages_received, before.messages_received),
+            (&self.superpackets_merged, before.superpackets_merged),
+            (&self.merges, before.merges),
+            (&self.icmp_errors, before.icmp_errors),
+        ] {
+            counter.add(before);
+        }
+        for (reason, packets) in &before.drops {
+            self.drops[*reason as usize].add(*packets);
+        }
+        for (name, packets) in &before.send_errors {
+            let known = SEND_ERRORS.iter().position(|(_, known)| known == name);
+            self.send_errors[known.unwrap_or(SEND_ERRORS.len())].add(*packets);
+        }
+    }
+
     /// What was sent to a peer and received from it.
     #[inline]
     pub fn peer(&self, id: PeerId) -> &PeerTraffic {
@@ -141,6 +171,12 @@ const SEND_ERRORS: [(i32, &str); 10] = [
     (libc::EIO, "EIO"),
 ];
 
+/// The error of this name, as [`Counters::send_errors`] names it: `other` for one that has none there.
+pub fn send_error(name: &str) -> &'static str {
+    let known = SEND_ERRORS.iter().find(|(_, known)| *known == name);
+    known.map_or("other", |(_, name)| name)
+}
+
 /// What was exchanged with one peer.
 #[derive(Debug, Default)]
 pub struct PeerTraffic {
@@ -154,6 +190,18 @@ pub struct PeerTraffic {
     pub unsent: Counter,
     /// Packets from it that were not let in.
     pub refused: Counter,
+}
+
+impl PeerTraffic {
+    /// As [`Counters::add`].
+    pub(super) fn add(&self, before: &PeerSnapshot) {
+        self.sent.add_traffic(before.sent);
+        self.received.add_traffic(before.received);
+        self.last_received
+            .set(self.last_received.get().max(before.last_received));
+        self.unsent.add(before.unsent);
+        self.refused.add(before.refused);
+    }
 }
 
 /// Seconds on a clock that never goes back, as of the kernel's last tick: cheap enough to be read for each batch, and exact
@@ -241,6 +289,11 @@ impl Drop {
         Self::SendFailed,
         Self::DeliverFailed,
     ];
+
+    /// The reason of that name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|reason| reason.name() == name)
+    }
 
     /// The reason's name in logs and metrics.
     pub fn name(self) -> &'static str {

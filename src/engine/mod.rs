@@ -43,27 +43,24 @@ use admission::Admission;
 use counters::Counters;
 use fallbacks::Fallbacks;
 use io::{Bell, Io, Way, mmsg::Mmsg, uring::Uring};
-use snapshot::{Snapshot, WorkerSnapshot};
+use snapshot::{PeerSnapshot, Snapshot, WorkerSnapshot};
 use worker::{Setup, Worker};
 
 /// What an engine is made of.
 #[derive(Debug)]
 pub struct Parts {
-    /// One for each worker.
-    pub queues: Vec<TunQueue>,
-    /// For each worker its sockets: the tunnel's own, on the tunnel's port, and behind it one for each source port more. Whoever
-    /// keeps them open has what comes while no engine runs.
-    pub sockets: Vec<Arc<[UdpSocket]>>,
-    /// What the workers of an engine that is gone have counted, on which these go on; a worker that has none begins at zero.
-    pub counters: Vec<Arc<Counters>>,
+    /// One for each worker. Whoever else keeps it, keeps the device.
+    pub queues: Vec<Arc<TunQueue>>,
+    /// One for each worker. Whoever else keeps them open has what comes while no engine runs.
+    pub sockets: Vec<Sockets>,
+    /// Where the workers count, made for these sockets.
+    pub observer: Observer,
     /// Where packets go; published to from outside while the engine runs.
     pub routes: Routes,
     /// Whose packets get in.
     pub admission: Admission,
     /// Where the engine's own ICMP errors come from.
     pub icmp_source: IcmpSource,
-    /// What the kernel does for the engine.
-    pub offloads: Offloads,
     /// How packets are moved.
     pub way: Way,
     /// Whether each worker keeps to a processor of its own.
@@ -129,10 +126,10 @@ pub enum Failure {
     Broken(String),
 }
 
-/// A running engine. Dropping it stops it.
+/// A running engine. Dropping it stops it: what the workers have taken from the kernel is carried to its end, and nothing more is
+/// taken.
 pub struct Engine {
     workers: Vec<Handle>,
-    observer: Observer,
 }
 
 struct Handle {
@@ -141,7 +138,11 @@ struct Handle {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Sees what an engine has done, from any thread, also when the engine is gone.
+/// The sockets of each worker: the tunnel's own, on the tunnel's port, and behind it one for each source port more.
+pub type Sockets = Arc<[UdpSocket]>;
+
+/// Sees what an engine has done, from any thread, also when the engine is gone: one that is started with the same observer goes
+/// on counting.
 #[derive(Debug, Clone)]
 pub struct Observer {
     workers: Vec<Observed>,
@@ -154,6 +155,8 @@ struct Observed {
     counters: Arc<Counters>,
     /// The worker's, to ask the tunnel's own what it has dropped; not kept open by that.
     sockets: Weak<[UdpSocket]>,
+    /// What those before them had dropped.
+    overflow_before: u64,
 }
 
 impl Engine {
@@ -168,32 +171,30 @@ impl Engine {
         on_failure: impl Fn(Failure) + Send + Clone + 'static,
     ) -> Result<Self> {
         let count = parts.queues.len();
-        let mut counted = parts.counters.into_iter();
-        debug_assert_eq!(count, parts.sockets.len(), "sockets for each queue");
+        let Observer {
+            workers,
+            offloads,
+            fallbacks,
+        } = parts.observer;
+        debug_assert_eq!(count, workers.len(), "sockets for each queue");
         let processors = if parts.pin { processors()? } else { Vec::new() };
         let mut engine = Self {
             workers: Vec::with_capacity(count),
-            observer: Observer {
-                workers: Vec::with_capacity(count),
-                offloads: parts.offloads,
-                fallbacks: Arc::default(),
-            },
         };
-        for (index, (queue, sockets)) in parts.queues.into_iter().zip(parts.sockets).enumerate() {
-            let counters = counted.next().unwrap_or_default();
+        let pairs = parts.queues.into_iter().zip(parts.sockets);
+        for (index, ((queue, sockets), observed)) in pairs.zip(workers).enumerate() {
             let setup = Setup {
                 routes: parts.routes.clone(),
                 admission: parts.admission,
                 icmp_source: parts.icmp_source,
-                offloads: parts.offloads,
+                offloads,
                 // At most 64, by the configuration.
                 sources: sockets.len() as u8,
                 busy_poll: parts.busy_poll,
                 sharers: count,
-                counters: Arc::clone(&counters),
-                fallbacks: Arc::clone(&engine.observer.fallbacks),
+                counters: observed.counters,
+                fallbacks: Arc::clone(&fallbacks),
             };
-            let observed = Arc::downgrade(&sockets);
             let (commands, inbox) = crossbeam_channel::unbounded();
             let (started, outcome) = crossbeam_channel::bounded(1);
             let start = Start {
@@ -215,10 +216,6 @@ impl Engine {
                 })?;
             // A worker that is gone without a word has panicked, which it has reported.
             let bell = outcome.recv().unwrap_or(Err(std::io::ErrorKind::Other.into()))?;
-            engine.observer.workers.push(Observed {
-                counters,
-                sockets: observed,
-            });
             engine.workers.push(Handle {
                 commands,
                 bell,
@@ -227,33 +224,71 @@ impl Engine {
         }
         Ok(engine)
     }
-
-    /// To see what it does.
-    pub fn observer(&self) -> &Observer {
-        &self.observer
-    }
 }
 
 impl Observer {
+    /// For an engine with these sockets, that the kernel does so much for. `before`: what was counted for each worker till now;
+    /// of more workers than there are now, the last goes on for all of them.
+    pub fn new(sockets: &[Sockets], offloads: Offloads, before: &[WorkerSnapshot]) -> Self {
+        let last = sockets.len().saturating_sub(1);
+        let workers = sockets.iter().enumerate().map(|(index, sockets)| {
+            let counters = Counters::default();
+            let mut overflow = 0;
+            for (_, before) in before
+                .iter()
+                .enumerate()
+                .filter(|(number, _)| (*number).min(last) == index)
+            {
+                counters.add(before);
+                overflow += before.socket_overflow;
+            }
+            Observed {
+                counters: Arc::new(counters),
+                // A socket has not forgotten what it has dropped for the engine before.
+                overflow_before: overflow.saturating_sub(dropped(sockets)),
+                sockets: Arc::downgrade(sockets),
+            }
+        });
+        Self {
+            workers: workers.collect(),
+            offloads,
+            fallbacks: Arc::default(),
+        }
+    }
+
+    /// For an engine that goes on with other sockets, as many as before, for which the kernel does so much.
+    #[must_use]
+    pub fn on_others(&self, sockets: &[Sockets], offloads: Offloads) -> Self {
+        let workers = self.workers.iter().zip(sockets).map(|(worker, sockets)| Observed {
+            counters: Arc::clone(&worker.counters),
+            overflow_before: (worker.overflow() + worker.overflow_before).saturating_sub(dropped(sockets)),
+            sockets: Arc::downgrade(sockets),
+        });
+        Self {
+            workers: workers.collect(),
+            offloads,
+            fallbacks: Arc::clone(&self.fallbacks),
+        }
+    }
+
+    /// Adds to what was exchanged with a peer; only before an engine counts here.
+    pub fn add_peer(&self, before: &PeerSnapshot) {
+        if let Some(worker) = self.workers.first() {
+            worker.counters.peer(before.id).add(before);
+        }
+    }
+
     /// What the engine could do when it began; [`Snapshot::offloads`] is what is left of it.
     pub fn offloads(&self) -> Offloads {
         self.offloads
     }
 
-    /// What the workers count, each its own: for the next engine, when this one is gone.
-    pub fn counters(&self) -> Vec<Arc<Counters>> {
-        self.workers.iter().map(|worker| Arc::clone(&worker.counters)).collect()
-    }
-
     /// What the engine has done so far. No worker waits for it.
     pub fn snapshot(&self) -> Snapshot {
-        let workers = self.workers.iter().map(|worker| {
-            // A kernel that does not tell counts nothing, and a socket that is closed has nothing to tell.
-            let sockets = worker.sockets.upgrade();
-            let tunnel = sockets.as_ref().and_then(|sockets| sockets.first());
-            let overflow = tunnel.and_then(|socket| udp::dropped(socket).ok());
-            WorkerSnapshot::of(&worker.counters, overflow.unwrap_or_default().into())
-        });
+        let workers = self
+            .workers
+            .iter()
+            .map(|worker| WorkerSnapshot::of(&worker.counters, worker.overflow_before + worker.overflow()));
         let merge = self.fallbacks.limit(crate::offload::Merge {
             tcp: self.offloads.tun_tcp,
             udp: self.offloads.tun_udp,
@@ -271,11 +306,24 @@ impl Observer {
     }
 }
 
+impl Observed {
+    /// What its socket had no room for. One that is closed has nothing to tell.
+    fn overflow(&self) -> u64 {
+        self.sockets.upgrade().as_ref().map_or(0, dropped)
+    }
+}
+
+/// What a worker's tunnel socket had no room for. A kernel that does not tell counts nothing.
+fn dropped(sockets: &Sockets) -> u64 {
+    let first = sockets.first().map(udp::dropped);
+    first.and_then(Result::ok).unwrap_or_default().into()
+}
+
 /// What a worker's thread begins with.
 struct Start {
     index: usize,
-    queue: TunQueue,
-    sockets: Arc<[UdpSocket]>,
+    queue: Arc<TunQueue>,
+    sockets: Sockets,
     setup: Setup,
     processor: Option<usize>,
     inbox: Receiver<Command>,
@@ -286,7 +334,7 @@ struct Start {
 /// A worker's thread. It makes its way to the kernel itself: a ring belongs to the thread that has made it.
 fn work<I: Io>(
     start: Start,
-    make: impl FnOnce(TunQueue, Arc<[UdpSocket]>) -> Result<(I, Bell)>,
+    make: impl FnOnce(Arc<TunQueue>, Sockets) -> Result<(I, Bell)>,
     confine: impl FnOnce(),
     on_failure: &impl Fn(Failure),
 ) {

@@ -197,6 +197,28 @@ mod tests {
     }
 
     #[test]
+    fn counting_goes_on_from_a_snapshot() {
+        let before = Counters::default();
+        before.sent.add(2, 300);
+        before.received.add(5, 60);
+        before.merges.add(7);
+        before.drop_several(Drop::Spoofed, 7);
+        before.drop_unsent(3, &std::io::Error::from_raw_os_error(libc::EPERM));
+        before.drop_unsent(4, &std::io::Error::from_raw_os_error(libc::ENOTSOCK));
+        let id = PeerId::new(300).unwrap();
+        before.peer(id).received.add(1, 5);
+        before.peer(id).last_received.set(9);
+        let after = Counters::default();
+        after.add(&WorkerSnapshot::of(&before, 0));
+        for peer in &peers([&before].into_iter()) {
+            after.peer(peer.id).add(peer);
+        }
+        assert_eq!(snapshot(&[&after]), snapshot(&[&before]));
+        after.sent.add(1, 1);
+        assert_eq!(snapshot(&[&after]).workers[0].sent, Traffic { packets: 3, bytes: 301 });
+    }
+
+    #[test]
     fn the_summary_names_what_was_dropped() {
         let counters = Counters::default();
         counters.sent.add(2, 300);

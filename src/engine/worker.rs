@@ -111,10 +111,21 @@ impl<I: Io> Worker<I> {
             if std::mem::take(&mut self.ready.bell)
                 && let Ok(Command::Stop) = inbox.try_recv()
             {
-                return Ok(());
+                return self.finish();
             }
             if self.busy_poll > Duration::ZERO && self.is_busy() {
                 last_busy = Instant::now();
+            }
+            self.turn()?;
+        }
+    }
+
+    /// Gives out what was taken from the kernel already; the rest stays there, for another worker perhaps.
+    fn finish(&mut self) -> io::Result<()> {
+        loop {
+            self.ready = self.io.leave()?;
+            if !self.is_busy() {
+                return Ok(());
             }
             self.turn()?;
         }

@@ -6,7 +6,7 @@ use ipnet::Ipv4Net;
 use tracing::{info, warn};
 
 use crate::{
-    network::Network,
+    network::{AddressPlan, Block, Network},
     registry::{self, Registry},
     subnet_file::Previous,
 };
@@ -121,6 +121,29 @@ pub async fn acquire(
     })
 }
 
+/// Goes on with the lease that another process of this host has at this moment; `None` when it is not there any more, or not
+/// with the PublicIP that `value` carries.
+///
+/// # Errors
+/// When the registry fails.
+pub async fn go_on(
+    registry: &dyn Registry,
+    subnets: Subnets,
+    value: &LeaseValue,
+) -> Result<Option<Own>, registry::Error> {
+    while let Some(record) = registry.get(&subnets.key()).await? {
+        match Lease::from_record(&record) {
+            Ok(lease) if lease.value.public_ip == value.public_ip => {
+                if let Some(own) = reuse(registry, &record, lease, value).await? {
+                    return Ok(Some(own));
+                }
+            }
+            _ => return Ok(None),
+        }
+    }
+    Ok(None)
+}
+
 /// Makes a lease that carries our PublicIP ours again; `None` when it changed or ran out meanwhile.
 async fn reuse(
     registry: &dyn Registry,
@@ -155,21 +178,26 @@ async fn reuse(
 /// A free subnet of each family that the network has.
 fn choose_subnets(network: &Network, taken: &[Subnets], previous: &Previous) -> Result<Subnets, OutOfSubnets> {
     let v4 = match network.ipv4() {
-        Some(plan) => choose::choose(plan, taken.iter().map(Subnets::v4), previous.subnet, random())?,
+        Some(plan) => {
+            let taken = taken.iter().map(Subnets::v4).filter(|net| is_a_share(plan, net));
+            choose::choose(plan, taken, previous.subnet, random())?
+        }
         None => Ipv4Net::default(),
     };
     let v6 = network
         .ipv6()
         .map(|plan| {
-            choose::choose(
-                plan,
-                taken.iter().filter_map(Subnets::v6),
-                previous.ipv6_subnet,
-                random(),
-            )
+            let taken = taken.iter().filter_map(Subnets::v6).filter(|net| is_a_share(plan, net));
+            choose::choose(plan, taken, previous.ipv6_subnet, random())
         })
         .transpose()?;
     Ok(Subnets::new(v4, v6))
+}
+
+/// Whether the block may have been handed out by some configuration of this network, which has at least four subnets. A key that
+/// names half of the network or all of it is a mistake, or malice, and must not keep all hosts from having a subnet.
+fn is_a_share<N: Block>(plan: &AddressPlan<N>, block: &N) -> bool {
+    block.length() >= plan.network().length() + 2
 }
 
 /// A random number: the standard library seeds its hash maps from the system's.
@@ -217,6 +245,18 @@ mod tests {
         take(&registry, &host(2)).await.unwrap();
         let again = take(&registry, &host(1)).await.unwrap();
         assert_eq!(again.lease, first.lease);
+    }
+
+    #[tokio::test]
+    async fn a_lease_that_is_handed_over_stays_as_it_is_and_one_that_is_gone_is_missed() {
+        let registry = MemoryRegistry::new();
+        let first = take(&registry, &host(1)).await.unwrap().lease;
+        let own = go_on(&registry, first.subnets, &host(1)).await.unwrap().unwrap();
+        assert_eq!((&own.lease, own.left), (&first, Some(SUBNET_TTL)));
+        assert!(go_on(&registry, first.subnets, &host(2)).await.unwrap().is_none());
+        let record = registry.get(&first.subnets.key()).await.unwrap().unwrap();
+        registry.delete(&record).await.unwrap();
+        assert!(go_on(&registry, first.subnets, &host(1)).await.unwrap().is_none());
     }
 
     #[tokio::test]
@@ -316,6 +356,16 @@ mod tests {
             take(&registry, &host(1)).await.unwrap().lease.subnets.to_string(),
             "10.5.3.0-24"
         );
+    }
+
+    #[tokio::test]
+    async fn a_key_that_names_all_of_the_network_keeps_nobody_from_a_subnet() {
+        let registry = MemoryRegistry::new();
+        for key in ["10.5.0.0-16", "10.5.0.0-17", "10.5.128.0-17", "0.0.0.0-0", "10.0.0.0-8"] {
+            registry.put(&format!("subnets/{key}"), b"{}").await.unwrap();
+        }
+        let own = take(&registry, &host(1)).await.unwrap();
+        assert!(own.lease.subnets.fit(&network()));
     }
 
     #[tokio::test]

@@ -10,6 +10,7 @@ use std::{
     io,
     net::Ipv4Addr,
     os::{
+        fd::OwnedFd,
         linux::net::SocketAddrExt,
         unix::{
             fs::MetadataExt,
@@ -40,6 +41,15 @@ const LOOK: Duration = Duration::from_secs(1);
 const LAST_LOOKS: u32 = 10;
 const LAST_LOOK: Duration = Duration::from_millis(100);
 
+/// A claim on its way to another process of this host, which goes on with it as it is.
+#[derive(Debug)]
+pub struct Handed {
+    /// The instance as it stands in the record.
+    pub instance: String,
+    /// What is bound for as long as the claim lives.
+    pub alive: OwnedFd,
+}
+
 /// Which daemon a record belongs to: enough to tell whether it still runs, from beside it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase")]
@@ -64,7 +74,7 @@ pub struct Presence {
     /// The instance as it stands in the record.
     value: Vec<u8>,
     /// Bound for as long as the claim lives.
-    _alive: UnixDatagram,
+    alive: UnixDatagram,
 }
 
 /// Why a PublicIP could not be claimed.
@@ -95,6 +105,9 @@ pub enum ClaimError {
         /// Why it failed.
         source: io::Error,
     },
+    /// What another process has handed over is no claim.
+    #[error("cannot read the claim to this host's PublicIP that the running flanneld has handed over")]
+    Handed(#[source] serde_json::Error),
     /// The registry failed.
     #[error(transparent)]
     Registry(#[from] registry::Error),
@@ -148,10 +161,37 @@ impl Presence {
             // A struct of strings and a number always has a JSON form.
             value: serde_json::to_vec(&instance).unwrap_or_default(),
             instance,
-            _alive: alive,
+            alive,
         };
         presence.take().await?;
         Ok(presence)
+    }
+
+    /// Goes on with the claim of another process, whose record stays as it is.
+    ///
+    /// # Errors
+    /// [`ClaimError::Handed`] when this is no claim.
+    pub fn adopt(registry: &Arc<dyn Registry>, public_ip: Ipv4Addr, handed: Handed) -> Result<Self, ClaimError> {
+        Ok(Self {
+            registry: Arc::clone(registry),
+            public_ip,
+            key: format!("{HOSTS}{public_ip}"),
+            instance: serde_json::from_str(&handed.instance).map_err(ClaimError::Handed)?,
+            value: handed.instance.into_bytes(),
+            alive: UnixDatagram::from(handed.alive),
+        })
+    }
+
+    /// The claim, for another process to [adopt](Self::adopt). As long as this one keeps it too, it is both's.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn hand(&self) -> io::Result<Handed> {
+        Ok(Handed {
+            // It was made of a string.
+            instance: String::from_utf8_lossy(&self.value).into_owned(),
+            alive: self.alive.try_clone()?.into(),
+        })
     }
 
     /// What is claimed.
@@ -437,6 +477,23 @@ mod tests {
         memory.set_available(true);
         tokio::time::sleep(REFRESH * 2).await;
         assert!(registry.get(KEY).await.unwrap().is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_claim_that_is_handed_over_goes_on_unchanged_when_the_first_process_is_gone() {
+        let registry = registry();
+        let first = Presence::claim(&registry, PUBLIC_IP).await.unwrap();
+        let before = registry.get(KEY).await.unwrap().unwrap();
+        let second = Presence::adopt(&registry, PUBLIC_IP, first.hand().unwrap()).unwrap();
+        drop(first);
+        assert!(
+            !second.instance.is_dead_neighbour(&second.instance),
+            "its socket is still bound"
+        );
+        assert!(is_kept_for(&second, TTL * 3).await);
+        assert_eq!(registry.get(KEY).await.unwrap().unwrap(), before);
+        second.withdraw().await;
+        assert_eq!(registry.get(KEY).await.unwrap(), None);
     }
 
     /// A claim of ours whose record is gone.

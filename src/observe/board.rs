@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::status::{BackendReport, External, Lease, Peer, Registry, Requests, Status};
+use super::status::{BackendReport, Counts, External, Lease, Peer, Registry, Requests, Status};
 use crate::{
     kernel::external,
     lease::{record, watch::PeerSet},
@@ -54,7 +54,7 @@ struct Contact {
     trouble: Option<String>,
     answered: Option<Instant>,
     told: Option<Instant>,
-    requests: BTreeMap<&'static str, Requests>,
+    requests: BTreeMap<String, Requests>,
 }
 
 impl Board {
@@ -105,13 +105,13 @@ impl Board {
     pub fn lease(&self, own: &record::Lease, left: Option<Duration>, renew_margin: Duration) {
         let mut notes = self.notes();
         notes.renew_margin = renew_margin;
-        notes.own = Some((own.clone(), left.map(|left| Instant::now() + left)));
+        notes.own = Some((own.clone(), left.and_then(expiry)));
     }
 
     /// How long the lease has after it was renewed.
     pub fn renewed(&self, left: Duration) {
         if let Some((_, expires)) = &mut self.notes().own {
-            *expires = Some(Instant::now() + left);
+            *expires = expiry(left);
         }
     }
 
@@ -138,7 +138,7 @@ impl Board {
     /// The registry was asked something and took this long; with why it did not answer, if it did not.
     pub(super) fn asked(&self, operation: &'static str, took: Duration, trouble: Option<String>) {
         let contact = &mut self.notes().contact;
-        let requests = contact.requests.entry(operation).or_default();
+        let requests = contact.requests.entry(operation.to_owned()).or_default();
         requests.seconds += took.as_secs_f64();
         if trouble.is_some() {
             requests.failed += 1;
@@ -157,6 +157,35 @@ impl Board {
             (contact.answered, contact.told) = (Some(now), Some(now));
         }
         contact.trouble = trouble;
+    }
+
+    /// What was counted so far, for another process to go on with.
+    pub fn counts(&self) -> Counts {
+        let report = self.notes().backend.clone().map(|report| report());
+        let notes = self.notes();
+        let mut counts = Counts {
+            rule_repairs: notes.rule_repairs,
+            requests: notes.contact.requests.clone(),
+            ..Counts::default()
+        };
+        if let Some(BackendReport { backend, traffic }) = report {
+            counts.repairs = backend.repairs;
+            counts.workers = backend.engine.map_or_else(Vec::new, |engine| engine.workers);
+            counts.peers = traffic.unwrap_or_default();
+        }
+        counts
+    }
+
+    /// Goes on counting from what another process has counted; the backend does so by itself.
+    pub fn count_from(&self, before: &Counts) {
+        let mut notes = self.notes();
+        notes.rule_repairs += before.rule_repairs;
+        for (name, before) in &before.requests {
+            let requests = notes.contact.requests.entry(name.clone()).or_default();
+            requests.answered += before.answered;
+            requests.failed += before.failed;
+            requests.seconds += before.seconds;
+        }
     }
 
     /// Whether the daemon serves, and what it waits for if it does not, or why what it serves may not be so any more.
@@ -203,16 +232,17 @@ impl Board {
                 trouble: contact.trouble.clone(),
                 seconds_since_answer: seconds_since(contact.answered),
                 seconds_since_event: seconds_since(contact.told),
-                requests: contact
-                    .requests
-                    .iter()
-                    .map(|(name, requests)| ((*name).to_owned(), *requests))
-                    .collect(),
+                requests: contact.requests.clone(),
             },
             peers: peers.values().map(|lease| peer(lease, report.as_ref())).collect(),
             backend: report.map(|report| report.backend),
         }
     }
+}
+
+/// `None` for a time that has no end: etcd takes any number of seconds.
+fn expiry(left: Duration) -> Option<Instant> {
+    Instant::now().checked_add(left)
 }
 
 impl Notes {

@@ -4,7 +4,7 @@
 //! A daemon that serves by what it last knew, because the registry is away, is ready all the same: its packets flow, and who
 //! takes the host out of service for that makes things worse. Its answer says `ok, but degraded` and why.
 
-use std::{collections::HashMap, io, net::SocketAddr};
+use std::{collections::HashMap, io, net::SocketAddr, os::fd::OwnedFd};
 
 use axum::{
     Router,
@@ -24,14 +24,48 @@ pub struct Error {
     source: io::Error,
 }
 
-/// Opens the port and answers on it for as long as the runtime runs.
+/// The open port.
+#[derive(Debug)]
+pub struct Port {
+    address: SocketAddr,
+    listener: std::net::TcpListener,
+}
+
+impl Port {
+    /// # Errors
+    /// When the address is in use or not this host's.
+    pub async fn open(address: SocketAddr) -> Result<Self, Error> {
+        let opened = TcpListener::bind(address).await.and_then(TcpListener::into_std);
+        let listener = opened.map_err(|source| Error { address, source })?;
+        Ok(Self { address, listener })
+    }
+
+    /// The port that another process has opened, if it is the one of `address`.
+    pub fn adopt(address: SocketAddr, descriptor: OwnedFd) -> Option<Self> {
+        let listener = std::net::TcpListener::from(descriptor);
+        let is_it = listener.local_addr().is_ok_and(|local| local == address);
+        is_it.then_some(Self { address, listener })
+    }
+
+    /// The same port, for another process.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn hand(&self) -> io::Result<OwnedFd> {
+        Ok(self.listener.try_clone()?.into())
+    }
+}
+
+/// Answers on the port for as long as the runtime runs.
 ///
 /// # Errors
-/// When the address is in use or not this host's.
-pub async fn serve(address: SocketAddr, board: Board) -> Result<(), Error> {
-    let listener = TcpListener::bind(address)
-        .await
-        .map_err(|source| Error { address, source })?;
+/// Out of descriptors.
+pub fn serve(port: &Port, board: Board) -> Result<(), Error> {
+    let listener = port.listener.try_clone().and_then(TcpListener::from_std);
+    let listener = listener.map_err(|source| Error {
+        address: port.address,
+        source,
+    })?;
     let readiness = board.clone();
     let app = Router::new()
         .route("/healthz", get(|| async { "ok\n" }))

@@ -6,7 +6,7 @@
 use std::{
     fs, io,
     io::Read,
-    os::unix::net::UnixStream,
+    os::{fd::OwnedFd, unix::net::UnixStream},
     path::{Path, PathBuf},
     thread,
     time::Duration,
@@ -30,9 +30,9 @@ pub fn beside(subnet_file: &Path) -> PathBuf {
     subnet_file.with_extension("sock")
 }
 
-/// The status socket could not be opened.
+/// A socket could not be opened.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot open the status socket {}: {reason}", path.display())]
+#[error("cannot open the socket {}: {reason}", path.display())]
 pub struct OpenError {
     path: PathBuf,
     reason: io::Error,
@@ -66,26 +66,99 @@ pub enum ReadError {
     },
 }
 
-/// Serves until it is dropped, and removes the socket then.
+/// A socket of this daemon's, with a name that is removed when this goes.
 #[derive(Debug)]
-pub struct Server {
+pub struct Listener {
     path: PathBuf,
-    task: JoinHandle<()>,
+    listener: std::os::unix::net::UnixListener,
+    /// Whether the name is another process's to remove.
+    left: bool,
 }
 
-impl Server {
-    /// Opens the socket at `path`, in place of one that a daemon which is gone has left.
+impl Listener {
+    /// Opens the socket at `path`, in place of one that a daemon which is gone has left. Only root may connect.
     ///
     /// # Errors
     /// When another daemon listens there, or the directory cannot be written.
-    pub fn open(path: &Path, board: Board) -> Result<Self, OpenError> {
+    pub fn open(path: &Path) -> Result<Self, OpenError> {
         let listener = bind(path).map_err(|reason| OpenError {
             path: path.to_owned(),
             reason,
         })?;
+        Ok(Self {
+            path: path.to_owned(),
+            listener,
+            left: false,
+        })
+    }
+
+    /// The socket that another process has opened, if it is the one at `path`.
+    pub fn adopt(path: &Path, descriptor: OwnedFd) -> Option<Self> {
+        let listener = std::os::unix::net::UnixListener::from(descriptor);
+        let is_it = listener
+            .local_addr()
+            .is_ok_and(|address| address.as_pathname() == Some(path));
+        is_it.then(|| Self {
+            path: path.to_owned(),
+            listener,
+            left: false,
+        })
+    }
+
+    /// The same socket, for another process.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn hand(&self) -> io::Result<OwnedFd> {
+        Ok(self.listener.try_clone()?.into())
+    }
+
+    /// Another process goes on with it: the name stays.
+    pub fn leave(&mut self) {
+        self.left = true;
+    }
+
+    /// To wait for those who connect.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn accept_connections(&self) -> Result<UnixListener, OpenError> {
+        let connections = self.listener.set_nonblocking(true);
+        let connections = connections.and_then(|()| UnixListener::from_std(self.listener.try_clone()?));
+        connections.map_err(|reason| OpenError {
+            path: self.path.clone(),
+            reason,
+        })
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if !self.left {
+            // Gone already, or in a directory that cannot be written any more: the next daemon replaces it.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Serves until it is dropped.
+#[derive(Debug)]
+pub struct Server {
+    /// The socket, which goes with the server.
+    pub listener: Listener,
+    task: JoinHandle<()>,
+}
+
+impl Server {
+    /// Tells what is on the `board` to those who connect.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn open(listener: Listener, board: Board) -> Result<Self, OpenError> {
+        let connections = listener.accept_connections()?;
         let task = tokio::spawn(async move {
             loop {
-                match listener.accept().await {
+                match connections.accept().await {
                     Ok((mut stream, _)) => {
                         let board = board.clone();
                         tokio::spawn(async move {
@@ -100,22 +173,17 @@ impl Server {
                 }
             }
         });
-        Ok(Self {
-            path: path.to_owned(),
-            task,
-        })
+        Ok(Self { listener, task })
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
         self.task.abort();
-        // Gone already, or in a directory that cannot be written any more: the next daemon replaces it.
-        let _ = fs::remove_file(&self.path);
     }
 }
 
-fn bind(path: &Path) -> io::Result<UnixListener> {
+fn bind(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
     if let Some(dir) = path.parent() {
         fs::create_dir_all(dir)?;
     }
@@ -135,7 +203,7 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
     // The socket must not exist for a moment with more rights. The mask is the process's, but nothing else makes files while
     // this thread is here.
     let before = umask(Mode::from_bits_truncate(0o177));
-    let listener = UnixListener::bind(path);
+    let listener = std::os::unix::net::UnixListener::bind(path);
     umask(before);
     listener
 }
@@ -199,7 +267,7 @@ mod tests {
         let path = dir.0.join("made/subnet.sock");
         let board = Board::new("a test".to_owned());
         board.waiting_for("better times");
-        let server = Server::open(&path, board.clone()).unwrap();
+        let server = Server::open(Listener::open(&path).unwrap(), board.clone()).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         let asked = path.clone();
         let status = tokio::task::spawn_blocking(move || read(&asked))
@@ -218,9 +286,26 @@ mod tests {
         let path = dir.0.join("subnet.sock");
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         let board = Board::new("a test".to_owned());
-        let _server = Server::open(&path, board.clone()).unwrap();
-        let error = Server::open(&path, board).unwrap_err().to_string();
+        let _server = Server::open(Listener::open(&path).unwrap(), board).unwrap();
+        let error = Listener::open(&path).unwrap_err().to_string();
         assert!(error.contains("another flanneld listens there"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_is_handed_over_keeps_its_name_when_the_first_process_is_gone() {
+        let dir = Dir::new("handed");
+        let path = dir.0.join("subnet.sock");
+        let mut first = Listener::open(&path).unwrap();
+        let second = Listener::adopt(&path, first.hand().unwrap()).unwrap();
+        assert!(Listener::adopt(&dir.0.join("another.sock"), first.hand().unwrap()).is_none());
+        first.leave();
+        drop(first);
+        let server = Server::open(second, Board::new("a test".to_owned())).unwrap();
+        let asked = path.clone();
+        let read = tokio::task::spawn_blocking(move || read(&asked));
+        assert_eq!(read.await.unwrap().unwrap().registry.name, "a test");
+        drop(server);
+        assert!(!path.exists());
     }
 
     #[test]

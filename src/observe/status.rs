@@ -127,6 +127,7 @@ pub struct Offload {
 
 /// Packets and their bytes, inner IP headers included.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Traffic {
     /// How many.
     pub packets: u64,
@@ -136,6 +137,7 @@ pub struct Traffic {
 
 /// One worker of the engine.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Worker {
     /// To peers.
     pub sent: Traffic,
@@ -178,6 +180,7 @@ pub struct Registry {
 
 /// Requests of one kind.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Requests {
     /// How many were answered.
     pub answered: u64,
@@ -204,6 +207,7 @@ pub struct Peer {
 
 /// What was exchanged with a host.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct PeerTraffic {
     /// To it.
     pub sent: Traffic,
@@ -215,6 +219,23 @@ pub struct PeerTraffic {
     pub unsent: u64,
     /// Packets from it that were not let in.
     pub refused: u64,
+}
+
+/// What a daemon has counted, for the one that goes on in its place. A version that knows other counts leaves out what the other
+/// does not know.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Counts {
+    /// Each worker of the packet engine.
+    pub workers: Vec<Worker>,
+    /// What was exchanged with each host, by PublicIP.
+    pub peers: BTreeMap<IpAddr, PeerTraffic>,
+    /// See [`Backend::repairs`].
+    pub repairs: BTreeMap<String, u64>,
+    /// See [`Status::rule_repairs`].
+    pub rule_repairs: u64,
+    /// See [`Registry::requests`].
+    pub requests: BTreeMap<String, Requests>,
 }
 
 /// What a backend tells of itself.

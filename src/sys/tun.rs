@@ -5,9 +5,10 @@ use std::{
     fs::{File, OpenOptions},
     io::{self, IoSlice, Read, Write},
     os::{
-        fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd},
         unix::fs::OpenOptionsExt,
     },
+    sync::Arc,
 };
 
 /// Where the kernel lets processes make TUN devices (Documentation/networking/tuntap.rst).
@@ -27,7 +28,9 @@ pub struct Tun {
     /// The interface's name, as the kernel chose it (`flannel0`).
     pub name: String,
     /// At least one.
-    pub queues: Vec<TunQueue>,
+    pub queues: Vec<Arc<TunQueue>>,
+    /// Whether it may have more of them.
+    pub multi_queue: bool,
 }
 
 /// What a device hands over and takes besides packets of its MTU (`TUNSETOFFLOAD`), from least to most.
@@ -102,6 +105,62 @@ impl TunQueue {
     }
 }
 
+impl Tun {
+    /// The device whose queues these are, which another process has opened: they hold what has come meanwhile.
+    ///
+    /// # Errors
+    /// `EBADFD`: the device is gone. `InvalidInput`: not the queues of one TUN device as they are made here.
+    pub fn adopt(queues: Vec<OwnedFd>) -> io::Result<Self> {
+        let mut device: Option<Self> = None;
+        for queue in queues {
+            let (name, flags) = interface_of(&queue)?;
+            let is = |flag| flags & flag != 0;
+            if !is(libc::IFF_TUN) || !is(libc::IFF_NO_PI) {
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a TUN device's queue"));
+            }
+            let device = device.get_or_insert_with(|| Self {
+                name: name.clone(),
+                queues: Vec::new(),
+                multi_queue: is(libc::IFF_MULTI_QUEUE),
+            });
+            if device.name != name {
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, "queues of several devices"));
+            }
+            device.queues.push(Arc::new(TunQueue {
+                file: File::from(queue),
+                headers: is(libc::IFF_VNET_HDR),
+            }));
+        }
+        device.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "no queue"))
+    }
+
+    /// Whether virtio headers stand in front of its packets.
+    pub fn has_headers(&self) -> bool {
+        self.queues.iter().any(|queue| queue.has_headers())
+    }
+
+    /// Adds a queue, which the kernel gives its part of the flows at once.
+    ///
+    /// # Errors
+    /// As [`open_multi_queue`]; `EINVAL` from a device that may have one only.
+    pub fn add_queue(&mut self) -> io::Result<()> {
+        let headers = if self.has_headers() { libc::IFF_VNET_HDR } else { 0 };
+        let (_, queue) = attach(&self.name, libc::IFF_MULTI_QUEUE | headers)?;
+        self.queues.push(Arc::new(queue));
+        Ok(())
+    }
+
+    /// Switches on the most offload that the kernel has; which that is. `None`: not even the least, so that the virtio headers
+    /// are of no use.
+    pub fn set_most_offload(&self) -> Option<TunOffload> {
+        // After the last queue was attached: attaching may reset it.
+        let first = self.queues.first()?;
+        [TunOffload::TcpUdp, TunOffload::Tcp]
+            .into_iter()
+            .find(|offload| first.set_offload(*offload).is_ok())
+    }
+}
+
 /// For tests: anything that keeps packets apart.
 #[cfg(test)]
 impl From<File> for TunQueue {
@@ -113,6 +172,12 @@ impl From<File> for TunQueue {
 impl AsRawFd for TunQueue {
     fn as_raw_fd(&self) -> RawFd {
         self.file.as_raw_fd()
+    }
+}
+
+impl AsFd for TunQueue {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 
@@ -135,18 +200,10 @@ pub fn open_multi_queue(pattern: &str, queues: usize) -> io::Result<Tun> {
 /// As [`open_multi_queue`].
 pub fn open_offload(pattern: &str, queues: usize) -> io::Result<(Tun, TunOffload)> {
     // EINVAL here is a kernel without virtio headers, or one without multi-queue: the plain way tells which.
-    if let Ok(device) = open_queues(pattern, queues, libc::IFF_MULTI_QUEUE | libc::IFF_VNET_HDR) {
-        for offload in [TunOffload::TcpUdp, TunOffload::Tcp] {
-            // After the last queue was attached: attaching may reset it.
-            if device
-                .queues
-                .iter()
-                .take(1)
-                .all(|queue| queue.set_offload(offload).is_ok())
-            {
-                return Ok((device, offload));
-            }
-        }
+    if let Ok(device) = open_queues(pattern, queues, libc::IFF_MULTI_QUEUE | libc::IFF_VNET_HDR)
+        && let Some(offload) = device.set_most_offload()
+    {
+        return Ok((device, offload));
     }
     Ok((open_multi_queue(pattern, queues)?, TunOffload::None))
 }
@@ -156,11 +213,11 @@ fn open_queues(pattern: &str, queues: usize, flags: libc::c_int) -> io::Result<T
     let (name, first) = attach(pattern, flags | libc::IFF_TUN_EXCL)?;
     let mut device = Tun {
         name,
-        queues: vec![first],
+        queues: vec![Arc::new(first)],
+        multi_queue: true,
     };
     for _ in 1..queues {
-        let (_, queue) = attach(&device.name, flags)?;
-        device.queues.push(queue);
+        device.add_queue()?;
     }
     Ok(device)
 }
@@ -187,10 +244,11 @@ pub fn open_plain(pattern: &str) -> io::Result<Tun> {
     }
     Ok(Tun {
         name,
-        queues: vec![TunQueue {
+        queues: vec![Arc::new(TunQueue {
             file: File::from(descriptor),
             headers: false,
-        }],
+        })],
+        multi_queue: false,
     })
 }
 
@@ -201,8 +259,7 @@ fn attach(name: &str, flags: libc::c_int) -> io::Result<(String, TunQueue)> {
         .write(true)
         .custom_flags(libc::O_NONBLOCK)
         .open(CLONE_DEVICE)?;
-    // SAFETY: `ifreq` is plain data, for which all zeros is a valid value.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    let mut request = empty_request();
     // The last byte stays 0: the kernel takes at most IFNAMSIZ - 1 characters.
     if name.len() >= request.ifr_name.len() {
         return Err(io::Error::new(
@@ -219,13 +276,33 @@ fn attach(name: &str, flags: libc::c_int) -> io::Result<(String, TunQueue)> {
     if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &mut request) } < 0 {
         return Err(io::Error::last_os_error());
     }
+    let queue = TunQueue {
+        file,
+        headers: flags & libc::IFF_VNET_HDR != 0,
+    };
+    Ok((name_in(&request), queue))
+}
+
+/// The name and the flags of the device that this is a queue of.
+fn interface_of(queue: &OwnedFd) -> io::Result<(String, libc::c_int)> {
+    let mut request = empty_request();
+    // SAFETY: TUNGETIFF writes one `ifreq`, which lives here through the call. Other files do not know the number.
+    if unsafe { libc::ioctl(queue.as_raw_fd(), libc::TUNGETIFF as _, &mut request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has set the flags, of which any bits are valid.
+    let flags = unsafe { request.ifr_ifru.ifru_flags };
+    Ok((name_in(&request), libc::c_int::from(flags)))
+}
+
+fn empty_request() -> libc::ifreq {
+    // SAFETY: `ifreq` is plain data, for which all zeros is a valid value.
+    unsafe { std::mem::zeroed() }
+}
+
+/// What the kernel has answered.
+fn name_in(request: &libc::ifreq) -> String {
     // SAFETY: the kernel has written a name that ends with 0 inside the array.
-    let actual = unsafe { CStr::from_ptr(request.ifr_name.as_ptr()) };
-    Ok((
-        actual.to_string_lossy().into_owned(),
-        TunQueue {
-            file,
-            headers: flags & libc::IFF_VNET_HDR != 0,
-        },
-    ))
+    let name = unsafe { CStr::from_ptr(request.ifr_name.as_ptr()) };
+    name.to_string_lossy().into_owned()
 }

@@ -4,12 +4,12 @@ use std::{
     io, mem,
     net::{IpAddr, SocketAddr, UdpSocket},
     ops::Range,
-    os::fd::AsRawFd,
+    os::fd::{AsRawFd, OwnedFd},
     ptr,
     time::Duration,
 };
 
-use socket2::{Domain, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 /// What each socket asks the kernel to hold while its worker is busy: 4 MiB, about 20 ms of 1.5 Gbit/s of MTU-size packets
 /// by the kernel's own accounting (an skb of a 1,500-byte packet is charged about 2,304 bytes).
@@ -31,8 +31,17 @@ const RECV_STRIDE: usize = 65_536 + 3 * 64;
 /// `EADDRINUSE` when any other process has the port, also one that shares ports; `EADDRNOTAVAIL` when the address is not
 /// this host's.
 pub fn bind_group(address: SocketAddr, count: usize) -> io::Result<Vec<UdpSocket>> {
-    let mut sockets: Vec<UdpSocket> = Vec::with_capacity(count);
-    for _ in 0..count {
+    let mut sockets = Vec::with_capacity(count);
+    grow_group(&mut sockets, address, count)?;
+    Ok(sockets)
+}
+
+/// Binds more sockets, as [`bind_group`] does, until the group has `count` of them.
+///
+/// # Errors
+/// As [`bind_group`].
+pub fn grow_group(sockets: &mut Vec<UdpSocket>, address: SocketAddr, count: usize) -> io::Result<()> {
+    while sockets.len() < count {
         let socket = Socket::new(Domain::for_address(address), Type::DGRAM, None)?;
         socket.set_nonblocking(true)?;
         // The first binds without sharing: it alone can tell that no second daemon is on this port. The kernel lets the
@@ -48,7 +57,7 @@ pub fn bind_group(address: SocketAddr, count: usize) -> io::Result<Vec<UdpSocket
         set_buffer(&socket, libc::SO_SNDBUFFORCE, libc::SO_SNDBUF);
         sockets.push(socket.into());
     }
-    Ok(sockets)
+    Ok(())
 }
 
 /// Binds `count` sockets for sending only to `address` and one port of the kernel's choice: what leaves by them is told apart
@@ -57,12 +66,34 @@ pub fn bind_group(address: SocketAddr, count: usize) -> io::Result<Vec<UdpSocket
 /// # Errors
 /// As [`bind_group`]; `EADDRINUSE` when there are no free ports.
 pub fn bind_source(address: IpAddr, count: usize) -> io::Result<Vec<UdpSocket>> {
-    let sockets = bind_group(SocketAddr::new(address, 0), count)?;
-    for socket in &sockets {
-        // Nothing is to come there, and what comes all the same is not to be kept: the kernel makes it its least.
-        SockRef::from(socket).set_recv_buffer_size(1)?;
-    }
+    let mut sockets = Vec::with_capacity(count);
+    grow_source(&mut sockets, address, count)?;
     Ok(sockets)
+}
+
+/// Binds more sockets, as [`bind_source`] does, until there are `count` of them on the port.
+///
+/// # Errors
+/// As [`bind_source`].
+pub fn grow_source(sockets: &mut Vec<UdpSocket>, address: IpAddr, count: usize) -> io::Result<()> {
+    grow_group(sockets, SocketAddr::new(address, 0), count)?;
+    for socket in sockets {
+        // Nothing is to come there, and what comes all the same is not to be kept: the kernel makes it its least.
+        SockRef::from(&*socket).set_recv_buffer_size(1)?;
+    }
+    Ok(())
+}
+
+/// The UDP socket that this is, which another process has bound: it holds what has come meanwhile.
+///
+/// # Errors
+/// `InvalidInput`: it is no UDP socket.
+pub fn adopt(descriptor: OwnedFd) -> io::Result<UdpSocket> {
+    let socket = Socket::from(descriptor);
+    if (socket.r#type()?, socket.protocol()?) != (Type::DGRAM, Some(Protocol::UDP)) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a UDP socket"));
+    }
+    Ok(socket.into())
 }
 
 /// Asks for a big buffer, past the administrator's limit if allowed; what it gets is enough to work either way.
@@ -430,6 +461,14 @@ pub fn can_segment(socket: &UdpSocket) -> bool {
 /// `ENOPROTOOPT` from an older kernel.
 pub fn enable_gro(socket: &UdpSocket) -> io::Result<()> {
     set_udp_option(socket, libc::UDP_GRO, 1)
+}
+
+/// Asks the kernel to hand over each datagram by itself, as it does at first.
+///
+/// # Errors
+/// `ENOPROTOOPT` from a kernel that knows nothing else.
+pub fn disable_gro(socket: &UdpSocket) -> io::Result<()> {
+    set_udp_option(socket, libc::UDP_GRO, 0)
 }
 
 fn set_udp_option(socket: &UdpSocket, option: libc::c_int, value: libc::c_int) -> io::Result<()> {

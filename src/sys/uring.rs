@@ -12,7 +12,7 @@
 //! The kernel picks a buffer and fills it when a request runs. With `IORING_SETUP_DEFER_TASKRUN` (Linux 6.1) requests run only
 //! inside a system call of this thread that enters the ring: neither in an interrupt, nor at the end of other system calls,
 //! nor in a thread of the kernel's, since multishot requests of files that can be polled are not handed to those. The
-//! ring enters in [`Ring::wait`] and when it is dropped, each of which needs the whole ring for itself, sources and all, so
+//! ring enters in [`Ring::wait`], in [`Ring::leave`] and when it is dropped, each of which needs the whole ring for itself, sources and all, so
 //! that no slice of a source's memory lives through it.
 //!
 //! # Files are not registered
@@ -168,6 +168,40 @@ impl<Q: AsRawFd, S: AsRawFd> Ring<Q, S> {
         })
     }
 
+    /// Ends the requests, so that nothing more comes, for good; what has come and was not taken. There is no
+    /// [`wait`](Self::wait) after it.
+    ///
+    /// # Errors
+    /// When the kernel does not end them.
+    ///
+    /// # Panics
+    /// As [`wait`](Self::wait).
+    pub fn leave(&mut self) -> io::Result<Arrivals> {
+        assert!(self.is_whole(), "a ring's sources are its own");
+        self.cancel()?;
+        Ok(Arrivals {
+            packets: !self.packets.source.is_empty(),
+            datagrams: !self.datagrams.source.is_empty(),
+            bell: false,
+        })
+    }
+
+    /// Ends the requests. What they have brought until then is kept.
+    fn cancel(&mut self) -> io::Result<()> {
+        if !self.is_armed() {
+            return Ok(());
+        }
+        self.uring
+            .submitter()
+            .register_sync_cancel(None, CancelBuilder::any())?;
+        // With a request that the kernel has not even seen there would be no end of waiting.
+        while self.is_armed() && self.uring.submission().is_empty() {
+            passing(self.uring.submit_and_wait(1))?;
+            self.reap();
+        }
+        Ok(())
+    }
+
     /// What has come, to be taken.
     pub fn sources(&mut self) -> (&mut Packets, &mut Datagrams) {
         (&mut self.packets, &mut self.datagrams)
@@ -254,14 +288,8 @@ impl<Q: AsRawFd, S: AsRawFd> Drop for Ring<Q, S> {
             // The ring's end writes nothing: the kernel ends the requests in a thread that does not see this process's memory.
             return;
         }
-        let cancelled = self.uring.submitter().register_sync_cancel(None, CancelBuilder::any());
-        // With a request that the kernel has not even seen there would be no end of waiting.
-        while cancelled.is_ok() && self.is_armed() && self.uring.submission().is_empty() {
-            if passing(self.uring.submit_and_wait(1)).is_err() {
-                return;
-            }
-            self.reap();
-        }
+        // A kernel that does not let us do this does it by itself, when the ring goes.
+        let _ = self.cancel();
     }
 }
 

@@ -53,6 +53,13 @@ impl Flows {
         report
     }
 
+    /// As [`Flows::finish`]; what came of the datagrams.
+    pub(crate) fn report(self) -> Report {
+        let report = self.udp.finish();
+        self.tcp.finish();
+        report
+    }
+
     /// Ends them, and fails the test if a single datagram was lost or the connection did not hold.
     pub(crate) fn finish_without_loss(self) {
         let report = self.udp.finish();

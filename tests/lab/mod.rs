@@ -3,17 +3,23 @@
 #![allow(dead_code, reason = "each test program uses its own part of this")]
 
 pub(crate) mod certificates;
+pub(crate) mod clock;
 pub(crate) mod etcd;
 pub(crate) mod faults;
 pub(crate) mod flow;
+pub(crate) mod memory;
 pub(crate) mod original;
 pub(crate) mod pair;
 pub(crate) mod plain_peer;
+pub(crate) mod pour;
 pub(crate) mod programmed;
 pub(crate) mod relay;
 pub(crate) mod seccomp;
 pub(crate) mod stream;
+pub(crate) mod supervisor;
 pub(crate) mod traffic;
+pub(crate) mod vitals;
+pub(crate) mod vxlan;
 pub(crate) mod wire;
 
 use etcd::{EtcdOptions, EtcdServer};
@@ -28,18 +34,22 @@ use std::{
     io::{self, Read, Write},
     net::{Ipv4Addr, SocketAddr, TcpStream},
     os::unix::net::UnixDatagram,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, ExitStatus, Output},
     sync::Once,
     thread,
     time::Duration,
 };
+use supervisor::Supervisor;
 
 /// The binary under test.
 pub(crate) const FLANNELD: &str = env!("CARGO_BIN_EXE_flanneld");
 
 /// Longer than anything here takes on a busy machine, so that what never comes fails the test.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The flag that each daemon has, up to its value.
+const SUBNET_FILE: &str = "--subnet-file=";
 
 /// The configuration of most tests: the `udp` backend in 10.5.0.0/16.
 pub(crate) const CONFIG: &str = r#"{"Network":"10.5.0.0/16"}"#;
@@ -147,6 +157,8 @@ pub(crate) struct Daemon {
     process: Option<Process>,
     /// Where `sd_notify` of the run under way arrives.
     notify: Option<UnixDatagram>,
+    /// Who listens there in its place, over all runs.
+    supervisor: Option<Supervisor>,
 }
 
 impl Daemon {
@@ -159,7 +171,7 @@ impl Daemon {
     pub(crate) fn named(name: &str, lab: &Lab, host: &Host, registry: &Registry) -> Daemon {
         let mut flags = registry.flags.clone();
         flags.push(format!(
-            "--subnet-file={}",
+            "{SUBNET_FILE}{}",
             lab.dir().join(format!("{name}.env")).display()
         ));
         Daemon {
@@ -172,13 +184,57 @@ impl Daemon {
             runs: 0,
             process: None,
             notify: None,
+            supervisor: None,
         }
+    }
+
+    /// Another one on the same host, that takes over from this one when it is started.
+    pub(crate) fn heir(&self, name: &str) -> Daemon {
+        let mut flags = self.flags.clone();
+        flags.retain(|flag| flag != "--handover");
+        flags.push("--handover".to_owned());
+        Daemon {
+            name: name.to_owned(),
+            ns: self.ns.clone(),
+            dir: self.dir.clone(),
+            flags,
+            refused: Vec::new(),
+            under: Vec::new(),
+            runs: 0,
+            process: None,
+            notify: None,
+            supervisor: None,
+        }
+    }
+
+    /// Run by a supervisor with a store for so many descriptors.
+    pub(crate) fn supervised(mut self, store: usize) -> Daemon {
+        let socket = UnixDatagram::bind(self.notify_socket()).unwrap();
+        self.supervisor = Some(Supervisor::listen(socket, store));
+        // Only the process itself knows its number before it begins.
+        self.under(&["sh", "-c", "export LISTEN_PID=$$; exec \"$@\"", "sh"])
+    }
+
+    /// Who runs it.
+    pub(crate) fn supervisor(&self) -> &Supervisor {
+        self.supervisor.as_ref().expect("it is supervised")
+    }
+
+    fn notify_socket(&self) -> PathBuf {
+        self.dir.join(format!("{}.{}.notify", self.name, self.runs))
     }
 
     /// With one more flag.
     pub(crate) fn with(mut self, flag: impl Into<String>) -> Daemon {
         self.flags.push(flag.into());
         self
+    }
+
+    /// With these flags in the place of those that were added.
+    pub(crate) fn set_flags(&mut self, flags: &[&str]) {
+        let last = self.flags.iter().rposition(|flag| flag.starts_with("--subnet-file="));
+        self.flags.truncate(last.map_or(0, |last| last + 1));
+        self.flags.extend(flags.iter().map(|&flag| flag.to_owned()));
     }
 
     /// With a kernel that refuses io_uring to it.
@@ -193,19 +249,21 @@ impl Daemon {
     }
 
     /// Run by a program that becomes it in the end, such as `env` or `setpriv`, with these arguments.
-    pub(crate) fn under(mut self, program: &[&str]) -> Daemon {
-        self.under = program.iter().map(|&word| word.to_owned()).collect();
+    pub(crate) fn under(mut self, program: &[impl AsRef<str>]) -> Daemon {
+        self.under = program.iter().map(|word| word.as_ref().to_owned()).collect();
         self
+    }
+
+    /// With its subnet file there.
+    pub(crate) fn with_subnet_file(mut self, path: &Path) -> Daemon {
+        self.flags.retain(|flag| !flag.starts_with(SUBNET_FILE));
+        self.with(format!("{SUBNET_FILE}{}", path.display()))
     }
 
     /// Starts it, again if it has run before.
     pub(crate) fn start(&mut self) {
         assert!(self.process.is_none(), "{} runs already", self.name);
         self.runs += 1;
-        let socket = self.dir.join(format!("{}.{}.notify", self.name, self.runs));
-        let notify = UnixDatagram::bind(&socket).unwrap();
-        // Short, since between two messages it is looked whether the daemon still runs.
-        notify.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
         let mut command = match self.under.split_first() {
             Some((program, arguments)) => {
                 let mut command = self.ns.command(program);
@@ -215,13 +273,24 @@ impl Daemon {
             None => self.ns.command(FLANNELD),
         };
         lab::without_daemon_env(&mut command);
-        command.args(&self.flags).env("NOTIFY_SOCKET", socket);
+        command.args(&self.flags);
+        if let Some(supervisor) = &self.supervisor {
+            supervisor.hand_to(&mut command);
+            // That of the time when it was described.
+            command.env("NOTIFY_SOCKET", self.dir.join(format!("{}.0.notify", self.name)));
+        } else {
+            let socket = self.notify_socket();
+            let notify = UnixDatagram::bind(&socket).unwrap();
+            // Short, since between two messages it is looked whether the daemon still runs.
+            notify.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+            command.env("NOTIFY_SOCKET", socket);
+            self.notify = Some(notify);
+        }
         for call in &self.refused {
             seccomp::refuse(&mut command, *call);
         }
         let log = self.dir.join(format!("{}.{}.log", self.name, self.runs));
         self.process = Some(Process::spawn(&self.name, command, &log).unwrap());
-        self.notify = Some(notify);
     }
 
     /// Starts it and waits until it is ready.
@@ -232,6 +301,13 @@ impl Daemon {
 
     /// Waits until it tells its supervisor `READY=1`; what its subnet file says then.
     pub(crate) fn wait_ready(&mut self) -> SubnetEnv {
+        if let Some(supervisor) = self.supervisor.take() {
+            supervisor.wait_told(self, "READY=1");
+            // Of the next run it shall be told anew.
+            supervisor.forget_told();
+            self.supervisor = Some(supervisor);
+            return self.subnet();
+        }
         wait_for(PATIENCE, &format!("{} to be ready", self.name), || {
             self.assert_running();
             let mut message = [0; 512];
@@ -261,7 +337,13 @@ impl Daemon {
 
     /// Where its subnet file is.
     pub(crate) fn subnet_file(&self) -> PathBuf {
-        self.dir.join(format!("{}.env", self.name))
+        let mut flags = self.flags.iter();
+        flags.find_map(|flag| flag.strip_prefix(SUBNET_FILE)).unwrap().into()
+    }
+
+    /// Where it can be asked to hand over.
+    pub(crate) fn handover_socket(&self) -> PathBuf {
+        self.subnet_file().with_extension("handover")
     }
 
     /// The process of the run under way.

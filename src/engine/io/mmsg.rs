@@ -58,10 +58,9 @@ impl Mmsg {
     ///
     /// # Errors
     /// When the system gives no poller or no raw socket; `InvalidInput` without a socket.
-    pub fn new(queue: TunQueue, sockets: Arc<[UdpSocket]>) -> io::Result<(Self, Bell)> {
+    pub fn new(queue: Arc<TunQueue>, sockets: Arc<[UdpSocket]>) -> io::Result<(Self, Bell)> {
         let poll = Poll::new()?;
         let waker = Waker::new(poll.registry(), BELL)?;
-        let queue = Arc::new(queue);
         let tunnel = sockets.first().ok_or(io::ErrorKind::InvalidInput)?;
         poll.registry()
             .register(&mut SourceFd(&queue.as_raw_fd()), TUN, Interest::READABLE)?;

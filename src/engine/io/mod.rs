@@ -67,6 +67,15 @@ pub trait Io {
     /// When it can never be waited for again.
     fn wait(&mut self, limit: Option<Duration>) -> io::Result<Ready>;
 
+    /// Takes nothing more from the kernel, from now on; what has been taken already, and has to be given out before this goes.
+    /// There is no waiting after it. Only a way that takes things before it is asked for them has any.
+    ///
+    /// # Errors
+    /// When the kernel cannot be told; what has been taken may still come out.
+    fn leave(&mut self) -> io::Result<Ready> {
+        Ok(Ready::default())
+    }
+
     /// All parts at once.
     #[expect(
         clippy::type_complexity,

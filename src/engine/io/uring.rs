@@ -32,8 +32,7 @@ impl Uring {
     ///
     /// # Errors
     /// When the system gives no ring or no raw socket; `InvalidInput` without a socket.
-    pub fn new(queue: TunQueue, sockets: Arc<[UdpSocket]>) -> io::Result<(Self, Bell)> {
-        let queue = Arc::new(queue);
+    pub fn new(queue: Arc<TunQueue>, sockets: Arc<[UdpSocket]>) -> io::Result<(Self, Bell)> {
         let tunnel = sockets.first().ok_or(io::ErrorKind::InvalidInput)?.try_clone()?;
         let header = if queue.has_headers() { VirtioNetHdr::LEN } else { 0 };
         let targets = Targets {
@@ -63,12 +62,11 @@ impl Io for Uring {
     type Local = RawSender;
 
     fn wait(&mut self, limit: Option<Duration>) -> io::Result<Ready> {
-        let arrivals = self.ring.wait(limit)?;
-        Ok(Ready {
-            packets: arrivals.packets,
-            datagrams: arrivals.datagrams,
-            bell: arrivals.bell,
-        })
+        Ok(ready(self.ring.wait(limit)?))
+    }
+
+    fn leave(&mut self) -> io::Result<Ready> {
+        Ok(ready(self.ring.leave()?))
     }
 
     fn parts(&mut self) -> Parts<'_, uring::Packets, Peers, uring::Datagrams, Device, RawSender> {
@@ -80,6 +78,14 @@ impl Io for Uring {
             device: &mut self.device,
             local: &mut self.local,
         }
+    }
+}
+
+fn ready(arrivals: uring::Arrivals) -> Ready {
+    Ready {
+        packets: arrivals.packets,
+        datagrams: arrivals.datagrams,
+        bell: arrivals.bell,
     }
 }
 

@@ -316,6 +316,39 @@ fn a_ring_that_ends_lets_go_of_its_files() {
 }
 
 #[test]
+fn a_ring_that_is_left_has_given_out_what_it_took_and_leaves_the_rest_where_it_was() {
+    if skipped() {
+        return;
+    }
+    // The requests have taken none, some, or all of it when they are ended.
+    for looks in 0..3 {
+        let mut around = surroundings();
+        let behind = around.ring.socket.try_clone().unwrap();
+        around.ring.wait(Some(Duration::ZERO)).unwrap();
+        for datagram in numbered(100) {
+            around.peer.send_to(&datagram, around.address).unwrap();
+        }
+        for _ in 0..looks {
+            around.ring.wait(Some(Duration::ZERO)).unwrap();
+        }
+        let mut all = Vec::new();
+        while around.ring.leave().unwrap().datagrams {
+            let datagrams = around.ring.sources().1;
+            for index in 0..datagrams.recv(7).unwrap() {
+                let message = datagrams.message(index);
+                all.push(datagrams.arena()[message.bytes].to_vec());
+            }
+        }
+        drop(around.ring);
+        let mut buffer = [0; 2_048];
+        while let Ok(length) = behind.recv(&mut buffer) {
+            all.push(buffer[..length].to_vec());
+        }
+        assert_eq!(all, numbered(100).collect::<Vec<_>>(), "after {looks} looks");
+    }
+}
+
+#[test]
 fn a_source_that_was_exchanged_is_never_waited_for() {
     if skipped() {
         return;
