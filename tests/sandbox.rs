@@ -5,13 +5,14 @@ mod lab;
 use std::fs;
 
 use flannel::{
-    lab::{Host, HostOptions, Lab},
+    lab::{Host, HostOptions, Lab, wait_until},
     observe::status,
     rules,
     sys::uring,
 };
 use lab::{
-    CONFIG, Daemon, Overlay, Registry, assert_reaches, flanneld, http_get, new_lab, not_tested, programmed::readdress,
+    CONFIG, Daemon, Overlay, PATIENCE, Registry, assert_reaches, flanneld, http_get, new_lab, not_tested,
+    programmed::readdress,
 };
 
 // capabilities(7)
@@ -61,6 +62,12 @@ fn field<'s>(status: &'s str, name: &str) -> &'s str {
 
 /// Fails the test unless each thread of the daemon has just this much left; the number of workers.
 fn assert_confined(daemon: &mut Daemon, kept: u64) -> usize {
+    // Those that ran errands while the daemon was set up.
+    wait_until(PATIENCE, "threads of the set-up to end", || {
+        let threads = Thread::all_of(daemon);
+        threads.iter().all(|thread| thread.capabilities("CapPrm") & !kept == 0)
+    })
+    .unwrap();
     let threads = Thread::all_of(daemon);
     for thread in &threads {
         let left = if thread.is_worker() { 0 } else { kept };

@@ -20,6 +20,7 @@ use std::{
     io::{self, Write},
     process::ExitCode,
     sync::Arc,
+    time::Duration,
 };
 
 use clap::{
@@ -238,12 +239,19 @@ pub fn execute(invocation: Invocation) -> ExitCode {
 
 type AnyError = Box<dyn std::error::Error>;
 
+/// How long a thread for what blocks, such as looking up a name, waits for more. One that was started before the daemon has settled
+/// has the rights of that time ([`crate::sandbox`]), and must not live on with them; starting another one takes microseconds.
+const HELPER_LIFE: Duration = Duration::from_millis(100);
+
 /// Runs `work` with the registry on a runtime of one thread.
 fn with_registry(
     args: RegistryArgs,
     work: impl AsyncFnOnce(Arc<dyn Registry>) -> Result<(), AnyError>,
 ) -> Result<(), AnyError> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .thread_keep_alive(HELPER_LIFE)
+        .build()?;
     let outcome = runtime.block_on(async { work(args.open()?).await });
     // Does not wait for a name server that does not answer: names are looked up on threads that nothing can interrupt.
     runtime.shutdown_background();
@@ -288,7 +296,7 @@ fn without_empty_env(arg: Arg) -> Arg {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, process, time::Duration};
+    use std::{fs, process};
 
     use super::{demo::DemoBackend, *};
     use crate::{

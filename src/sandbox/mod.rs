@@ -9,7 +9,7 @@
 //! | [once the daemon serves](Sandbox::settle) | the capabilities that its own backend does not need; the system calls that no daemon of ours makes |
 //!
 //! The control plane is one thread; those that look up names start from it, and the programs that change traffic rules do, so that
-//! all of them are as confined as it is. What the kernel refuses to do is said once, and the daemon goes on without it: in a
+//! all of them are as confined as it is. (A thread that was started earlier ends within moments of its last errand.) What the kernel refuses to do is said once, and the daemon goes on without it: in a
 //! container, or under a supervisor, much is given up before it begins. `--sandbox=off` gives up nothing.
 //!
 //! All threads share one memory. Whoever takes over a worker has no power of his own, but can write to the control plane's
