@@ -26,6 +26,7 @@ use std::{
     time::Duration,
 };
 
+use ipnet::Ipv4Net;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, oneshot, watch},
@@ -54,6 +55,7 @@ use crate::{
         record::{Lease, LeaseValue},
         remembered::{Memory, Origin},
         republish::republish,
+        screen::Screen,
         watch::{self as lease_watch, OwnAddresses, PeerSet, Revoked},
     },
     network::{self, BackendKind, LoadError, Network},
@@ -330,12 +332,15 @@ async fn serve(
 
     let addresses = OwnAddresses::new(own.lease.value.public_ip);
     let (publish, mut peers) = watch::channel(None);
+    let (here, addresses_here) = watch::channel(kernel.ipv4_addresses()?);
+    let screen = Screen::new(&network, &own.lease, addresses_here);
     let holding = Holding::new(own.clone(), first.is_none());
     let mut held = holding.subscribe();
     let mut watching = pin!(lease_watch::watch(
         registry,
         &holding,
         &addresses,
+        &screen,
         first.as_deref(),
         &publish
     ));
@@ -367,6 +372,7 @@ async fn serve(
         blackhole,
         lease: own.lease,
         peers: None,
+        here,
         board,
         ruled: false,
         ready: false,
@@ -484,7 +490,7 @@ async fn serve(
                 addresses.settle(public_ip);
                 holding.found(lease);
                 // Another host may have the address before, and was taken for this one.
-                watching.set(lease_watch::watch(registry, &holding, &addresses, None, &publish));
+                watching.set(lease_watch::watch(registry, &holding, &addresses, &screen, None, &publish));
                 let (kept, released) = claims.take().into_iter().partition(|held| held.public_ip() == public_ip);
                 claims.replace(kept);
                 present = Box::pin(keep_presence(&settings.registry, claims, Claiming::Done(claimed)));
@@ -522,6 +528,8 @@ struct Run<'a> {
     lease: Lease,
     /// `None` until the registry has told.
     peers: Option<Arc<PeerSet>>,
+    /// Where the watch of the leases learns this host's addresses from.
+    here: watch::Sender<Vec<Ipv4Net>>,
     board: &'a Board,
     /// Whether the traffic rules are in place.
     ruled: bool,
@@ -617,6 +625,14 @@ impl Run<'_> {
             self.backend.recheck();
         }
         let news = self.follow_interface()?;
+        let here = self.kernel.ipv4_addresses()?;
+        self.here.send_if_modified(|known| {
+            let changed = *known != here;
+            if changed {
+                *known = here;
+            }
+            changed
+        });
         if self.file_is_due && self.ready {
             self.keep_file();
         }

@@ -93,18 +93,6 @@ fn a_daemon_that_ends_leaves_no_device_and_one_that_is_killed_is_no_hindrance_to
 }
 
 #[test]
-fn a_daemon_whose_device_is_removed_says_so_and_ends() {
-    if skipped() {
-        return;
-    }
-    let mut overlay = start("uringgone", &[&[URING][..]; 2]);
-    overlay.hosts[0].ns().ip("link del flannel0").unwrap();
-    assert_eq!(overlay.daemons[0].wait_exit().code(), Some(1));
-    let log = overlay.daemons[0].log();
-    assert!(log.contains("its TUN device was removed"), "{log}");
-}
-
-#[test]
 fn without_io_uring_packets_take_the_other_way_and_the_log_says_why() {
     let mut lab = new_lab("nouring");
     let host = lab.host("h1").unwrap();

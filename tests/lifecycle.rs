@@ -160,17 +160,6 @@ fn a_daemon_whose_lease_is_taken_away_says_so_and_ends() {
 }
 
 #[test]
-fn a_daemon_whose_device_is_removed_says_so_and_ends() {
-    let (lab, host, registry) = one_host("removed");
-    let mut daemon = Daemon::new(&lab, &host, &registry);
-    daemon.start_and_wait();
-    host.ns().ip("link del flannel0").unwrap();
-    assert_eq!(daemon.wait_exit().code(), Some(1), "a supervisor restarts it");
-    assert!(daemon.log().contains("its TUN device was removed"), "{}", daemon.log());
-    daemon.start_and_wait();
-}
-
-#[test]
 fn a_daemon_without_the_capability_says_so_before_it_takes_a_lease() {
     let (_lab, host, registry) = one_host("capless");
     let mut plain = host.ns().command("setpriv");

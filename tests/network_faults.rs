@@ -418,7 +418,10 @@ fn a_socket_that_is_full_costs_what_does_not_fit_and_nothing_that_comes() {
             let refused = send_errors(status).get("EAGAIN").copied().unwrap_or_default();
             (refused >= 1_000).then_some(refused)
         });
+        let before = coming.arrived();
+        let go_on = wait_until(PATIENCE, "more to come meanwhile", || coming.arrived() > before + 500);
         stop.store(true, Ordering::Relaxed);
+        go_on.unwrap();
         full.unwrap()
     });
     let report = coming.finish();

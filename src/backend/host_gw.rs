@@ -48,7 +48,7 @@ impl HostGw {
             let (subnet, host) = (IpNet::V4(lease.subnets.v4()), IpAddr::V4(lease.value.public_ip));
             let path = paths.get(&host).and_then(Option::as_ref);
             if !self.overlay.contains(&subnet) {
-                self.complaints.say(format!(
+                self.complaints.say(&format!(
                     "skipping peer {subnet}: its subnet is not in the overlay {}",
                     self.overlay
                 ));
@@ -62,7 +62,7 @@ impl HostGw {
                         None => "it is reached by another interface".to_owned(),
                     },
                 };
-                self.complaints.say(format!(
+                self.complaints.say(&format!(
                     "cannot reach peer {subnet}: its host {host} is not on the link of {}: {how}. The host-gw backend needs \
                      all hosts on one link; vxlan and udp do not",
                     self.external.name
@@ -113,7 +113,7 @@ impl Backend for HostGw {
 
     fn apply(&mut self, peers: &PeerSet) -> Result<(), Error> {
         if let Err(error) = self.try_apply(peers) {
-            self.complaints.say(format!("{error}; trying again"));
+            self.complaints.say(&format!("{error}; trying again"));
             self.programming.distrust();
             self.programming.note_trouble();
         }

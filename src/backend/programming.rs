@@ -6,11 +6,13 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    hash::{DefaultHasher, Hash, Hasher},
     net::IpAddr,
     time::Duration,
 };
 
 use ipnet::IpNet;
+use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::{
@@ -18,7 +20,10 @@ use super::{
     reconcile::{Actual, Desired, Scope, reconcile},
     repairs::Repairs,
 };
-use crate::kernel::{Error, Kernel, Path, monitor::Change};
+use crate::{
+    kernel::{Error, Kernel, Path, monitor::Change},
+    observe::lines::Lines,
+};
 
 /// How often the kernel is looked at even though it tells of nothing: what happens to it without a word is rare.
 const FULL_CHECK: Duration = Duration::from_secs(60);
@@ -157,7 +162,7 @@ impl Programming {
                         }
                     }
                     Err(error) => {
-                        self.refusals.say(format!("{error}; trying again"));
+                        self.refusals.say(&format!("{error}; trying again"));
                         self.trouble = true;
                     }
                 }
@@ -216,35 +221,37 @@ impl Programming {
     }
 }
 
-/// What is wrong for as long as it is: said once, and again if it comes back after it was well.
+/// What is wrong for as long as it is: said once, and again if it comes back after it was well. Only so many lines a minute:
+/// thousands of peers can have the same trouble.
 #[derive(Debug, Default)]
 pub(super) struct Complaints {
-    said: HashSet<String>,
-    round: HashSet<String>,
-    /// How many of this round are new.
-    new: usize,
+    /// Hashes of the texts, which would take memory.
+    said: HashSet<u64>,
+    round: HashSet<u64>,
+    lines: Lines,
 }
 
 impl Complaints {
-    /// How many lines one round may add to the log: thousands of peers can have the same trouble.
-    const LINES: usize = 10;
-
-    pub(super) fn say(&mut self, text: String) {
-        if !self.said.contains(&text) && !self.round.contains(&text) {
-            self.new += 1;
-            if self.new <= Self::LINES {
-                warn!("{text}");
-            }
+    /// Whether it is new; it may all the same be one line too many.
+    pub(super) fn say(&mut self, text: &str) -> bool {
+        // The same text has the same hash for as long as the program runs.
+        let hash = {
+            let mut hasher = DefaultHasher::new();
+            text.hash(&mut hasher);
+            hasher.finish()
+        };
+        let is_new = self.round.insert(hash) && !self.said.contains(&hash);
+        if is_new && self.lines.may_say(Instant::now()) {
+            warn!("{text}");
         }
-        self.round.insert(text);
+        is_new
     }
 
     /// What was not said since the last end of a round is well again.
     pub(super) fn end_round(&mut self) {
-        if self.new > Self::LINES {
-            warn!("and {} more of that kind", self.new - Self::LINES);
+        if let Some(more) = self.lines.sum_up(Instant::now()) {
+            warn!("and {more} more of that kind");
         }
-        self.new = 0;
         self.said = std::mem::take(&mut self.round);
     }
 }
@@ -257,8 +264,7 @@ mod tests {
     fn a_complaint_is_new_once_until_it_was_well() {
         let mut complaints = Complaints::default();
         let mut round = |texts: &[&str]| {
-            texts.iter().for_each(|text| complaints.say((*text).to_owned()));
-            let new = complaints.new;
+            let new = texts.iter().filter(|text| complaints.say(text)).count();
             complaints.end_round();
             new
         };

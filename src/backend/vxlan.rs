@@ -242,7 +242,7 @@ impl Vxlan {
         if !self.configuration.tx_checksum
             && let Err(error) = no_tx_checksum(&self.name)
         {
-            self.device_complaints.say(format!(
+            self.device_complaints.say(&format!(
                 "cannot switch off the checksum offload of {}: {error}",
                 self.name
             ));
@@ -261,10 +261,11 @@ impl Vxlan {
             &nowhere
         };
         let mut desired = Desired::default();
+        let mut claimed: HashMap<Mac, (IpNet, IpAddr)> = HashMap::new();
         for lease in peers.values() {
             let (subnet, host) = (IpNet::V4(lease.subnets.v4()), IpAddr::V4(lease.value.public_ip));
             if !self.overlays.current.contains(&subnet) {
-                self.complaints.say(format!(
+                self.complaints.say(&format!(
                     "skipping peer {subnet}: its subnet is not in the overlay {}",
                     self.overlays.current
                 ));
@@ -277,10 +278,21 @@ impl Vxlan {
                 continue;
             }
             match vtep(lease.value.backend_data.as_ref(), self.configuration.vni, self.mac) {
-                Ok(mac) => desired.tunnel(subnet, mac, host, lease.revision, device),
-                Err(reason) => self
-                    .complaints
-                    .say(format!("skipping peer {subnet} at {host}: {reason}")),
+                Ok(mac) => {
+                    let (other, elsewhere) = *claimed.entry(mac).or_insert((subnet, host));
+                    if elsewhere != host {
+                        self.complaints.say(&format!(
+                            "the peers {other} at {elsewhere} and {subnet} at {host} have one VtepMAC, {mac}: packets to both go to \
+                             the host whose lease is the younger. If one of the leases is left over, release it (`flanneld leases \
+                             release`); if both hosts live, remove the VXLAN device on one and start flanneld again there"
+                        ));
+                    }
+                    desired.tunnel(subnet, mac, host, lease.revision, device);
+                }
+                Err(reason) => {
+                    self.complaints
+                        .say(&format!("skipping peer {subnet} at {host}: {reason}"));
+                }
             }
         }
         Ok(self.programming.make(&desired)?)
@@ -397,7 +409,7 @@ impl Backend for Vxlan {
                 Some(source) => format!("{error}: {source}"),
                 None => error.to_string(),
             };
-            self.complaints.say(format!("{reason}; trying again"));
+            self.complaints.say(&format!("{reason}; trying again"));
             self.recheck();
             self.programming.note_trouble();
         }

@@ -301,10 +301,7 @@ impl RunArgs {
             },
             public_ipv6: self.public_ipv6,
             status_socket: self.status_socket.unwrap_or_else(|| socket::beside(&self.subnet_file)),
-            memory: Memory::new(
-                self.state_file
-                    .unwrap_or_else(|| remembered::beside(&self.subnet_file)),
-            ),
+            memory: Memory::new(self.state_file.unwrap_or_else(|| remembered::beside(&self.subnet_file))),
             subnet_file: self.subnet_file,
             renew_margin: self.subnet_lease_renew_margin,
             health: (self.healthz_port != 0).then(|| SocketAddr::new(self.healthz_ip, self.healthz_port)),

@@ -30,13 +30,10 @@ pub(super) struct Beginning {
 
 /// Reads the configuration; from the memory if there is one and the registry does not answer.
 pub(super) async fn begin(settings: &Settings, registry: &dyn Registry) -> Result<Beginning, Error> {
-    let remembered = settings
-        .memory
-        .read(&Origin::of(registry))
-        .unwrap_or_else(|useless| {
-            warn!("without the registry there is no start from what was last known: {useless}");
-            None
-        });
+    let remembered = settings.memory.read(&Origin::of(registry)).unwrap_or_else(|useless| {
+        warn!("without the registry there is no start from what was last known: {useless}");
+        None
+    });
     if let Some(remembered) = remembered
         && timeout(PATIENCE, answer(registry)).await.is_err()
     {

@@ -17,7 +17,7 @@ use std::{
     net::{IpAddr, Ipv4Addr},
 };
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage as Message,
@@ -131,6 +131,21 @@ impl Kernel {
         links.sort_by_key(|link| link.index);
         self.add_addresses(links.iter_mut())?;
         Ok(links)
+    }
+
+    /// The IPv4 addresses of all interfaces, with the lengths of their networks.
+    ///
+    /// # Errors
+    /// As the kernel says.
+    pub fn ipv4_addresses(&mut self) -> Result<Vec<Ipv4Net>, Error> {
+        let links = self.links()?;
+        let all = links.into_iter().flat_map(|link| link.addresses);
+        Ok(all
+            .filter_map(|net| match net {
+                IpNet::V4(net) => Some(net),
+                IpNet::V6(_) => None,
+            })
+            .collect())
     }
 
     /// Looks up the addresses of `links`.

@@ -6,7 +6,7 @@ use ipnet::Ipv4Net;
 use tracing::{info, warn};
 
 use crate::{
-    network::Network,
+    network::{AddressPlan, Block, Network},
     registry::{self, Registry},
     subnet_file::Previous,
 };
@@ -178,21 +178,26 @@ async fn reuse(
 /// A free subnet of each family that the network has.
 fn choose_subnets(network: &Network, taken: &[Subnets], previous: &Previous) -> Result<Subnets, OutOfSubnets> {
     let v4 = match network.ipv4() {
-        Some(plan) => choose::choose(plan, taken.iter().map(Subnets::v4), previous.subnet, random())?,
+        Some(plan) => {
+            let taken = taken.iter().map(Subnets::v4).filter(|net| is_a_share(plan, net));
+            choose::choose(plan, taken, previous.subnet, random())?
+        }
         None => Ipv4Net::default(),
     };
     let v6 = network
         .ipv6()
         .map(|plan| {
-            choose::choose(
-                plan,
-                taken.iter().filter_map(Subnets::v6),
-                previous.ipv6_subnet,
-                random(),
-            )
+            let taken = taken.iter().filter_map(Subnets::v6).filter(|net| is_a_share(plan, net));
+            choose::choose(plan, taken, previous.ipv6_subnet, random())
         })
         .transpose()?;
     Ok(Subnets::new(v4, v6))
+}
+
+/// Whether the block may have been handed out by some configuration of this network, which has at least four subnets. A key that
+/// names half of the network or all of it is a mistake, or malice, and must not keep all hosts from having a subnet.
+fn is_a_share<N: Block>(plan: &AddressPlan<N>, block: &N) -> bool {
+    block.length() >= plan.network().length() + 2
 }
 
 /// A random number: the standard library seeds its hash maps from the system's.
@@ -351,6 +356,16 @@ mod tests {
             take(&registry, &host(1)).await.unwrap().lease.subnets.to_string(),
             "10.5.3.0-24"
         );
+    }
+
+    #[tokio::test]
+    async fn a_key_that_names_all_of_the_network_keeps_nobody_from_a_subnet() {
+        let registry = MemoryRegistry::new();
+        for key in ["10.5.0.0-16", "10.5.0.0-17", "10.5.128.0-17", "0.0.0.0-0", "10.0.0.0-8"] {
+            registry.put(&format!("subnets/{key}"), b"{}").await.unwrap();
+        }
+        let own = take(&registry, &host(1)).await.unwrap();
+        assert!(own.lease.subnets.fit(&network()));
     }
 
     #[tokio::test]

@@ -306,7 +306,10 @@ impl Memory {
         *void = true;
         match fs::remove_file(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                warn!("cannot remove {}, which is not true any more: {error}", self.path.display());
+                warn!(
+                    "cannot remove {}, which is not true any more: {error}",
+                    self.path.display()
+                );
             }
             _ => {}
         }
@@ -346,7 +349,9 @@ fn understand(path: &Path, bytes: &[u8], origin: &Origin, now: &Moment) -> Resul
     let age = now_there
         .checked_sub(Duration::from_secs(then))
         .ok_or_else(|| Useless::ClockBehind { path: path.to_owned() })?;
-    let left = file.left.map(|left| Duration::from_secs(left).saturating_sub(age + MARGIN));
+    let left = file
+        .left
+        .map(|left| Duration::from_secs(left).saturating_sub(age + MARGIN));
     if left == Some(Duration::ZERO) {
         return Err(Useless::Expired {
             path: path.to_owned(),
@@ -443,7 +448,10 @@ mod tests {
     #[test]
     fn what_is_written_is_read() {
         let read = after(None, &moment()).unwrap();
-        assert_eq!((read.config.as_str(), read.own, read.age), (CONFIG, own(None), Duration::ZERO));
+        assert_eq!(
+            (read.config.as_str(), read.own, read.age),
+            (CONFIG, own(None), Duration::ZERO)
+        );
         let leases = read.peers.iter().map(|record| Lease::from_record(record).unwrap());
         assert!(leases.eq([lease(2), lease(3)]));
     }

@@ -82,11 +82,7 @@ impl Restorer {
     }
 
     /// `record`: what the registry has at this host's key.
-    pub(super) async fn settle(
-        &mut self,
-        registry: &dyn Registry,
-        record: Option<Record>,
-    ) -> Result<Settled, Failure> {
+    pub(super) async fn settle(&mut self, registry: &dyn Registry, record: Option<Record>) -> Result<Settled, Failure> {
         let before = self.holding.now().lease;
         let again = self.put_right(registry, record, &before).await?;
         Ok(Settled {
@@ -215,7 +211,5 @@ async fn write_again(registry: &dyn Registry, there: &Record, own: &Lease) -> Re
         return Ok(None);
     }
     // Its time has run out as well.
-    registry
-        .create(&own.subnets.key(), &value, Some(SUBNET_TTL))
-        .await
+    registry.create(&own.subnets.key(), &value, Some(SUBNET_TTL)).await
 }

@@ -1,24 +1,27 @@
 //! Watching all leases: what the registry holds, as the [`PeerSet`] that the backend is to serve.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashSet},
     net::Ipv4Addr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use tokio::{sync::watch::Sender, time::Instant};
-use tracing::{info, warn};
+use tracing::warn;
 
 use crate::{
     observe::outage::Outage,
-    registry::{Event, Record, Registry, Revision, Watch},
+    registry::{Event, Record, Registry, Watch},
 };
 
 use super::{
+    complaints::Complaints,
     holding::Holding,
-    record::{BackendType, Lease, SUBNETS, Subnets, subnets_of},
+    publish::Publisher,
+    record::{Lease, SUBNETS, Subnets, subnets_of},
     restore::{Failure, Restorer},
+    screen::{self, Screen},
 };
 
 /// All other hosts that use this host's backend, by subnet. The leases are shared, so that the whole set can be published anew
@@ -81,9 +84,6 @@ impl OwnAddresses {
     }
 }
 
-/// How many peers of one picture are told of one by one.
-const LINES: usize = 50;
-
 /// How long peers are kept that a registry which has lost its data does not know any more: their daemons notice within 13 s that
 /// the one before is gone, ask again within 5 s, and may have to wait for some members of the cluster that do not answer.
 const GRACE: Duration = Duration::from_secs(60);
@@ -116,31 +116,38 @@ impl Revoked {
 /// because what is published is the whole set. Peers that are gone while the registry cannot be reached are kept till it can:
 /// nobody could tell them from those that are still there. This host's own lease is [put right](super::restore) where it can
 /// be, and what stands there is told to `holding`.
+///
+/// `screen` says which leases are peers. What it refuses is said once, and never stands in the way of the others.
 pub async fn watch(
     registry: &dyn Registry,
     holding: &Holding,
     addresses: &OwnAddresses,
+    screen: &Screen,
     first: Option<&[Record]>,
     peers: &Sender<Option<Arc<PeerSet>>>,
 ) -> Revoked {
     let mut outage = Outage::of("watching the leases");
     let mut restorer = Restorer::new(holding.clone(), addresses.clone());
-    let mut view = View::new(&holding.now().lease, addresses.clone());
+    let mut view = View::new(&holding.now().lease, addresses.clone(), screen.clone());
+    let mut publisher = Publisher::new(peers);
     if let Some(first) = first {
         view.peers = view.picture(first.to_vec()).1;
-        view.publish(peers);
+        publisher.note_change();
+        publisher.flush(|| view.served());
     }
     loop {
         let error = match registry.watch(SUBNETS).await {
             Err(error) => error,
             Ok((records, changes)) => {
                 outage.over();
-                match follow(registry, &mut view, &mut restorer, records, changes, peers).await {
+                match follow(registry, &mut view, &mut restorer, records, changes, &mut publisher).await {
                     Failure::Lost(revoked) => return revoked,
                     Failure::Registry(error) => error,
                 }
             }
         };
+        // The registry may be away for long.
+        publisher.flush(|| view.served());
         tokio::time::sleep(outage.failed(&error.to_string())).await;
     }
 }
@@ -152,7 +159,7 @@ async fn follow(
     restorer: &mut Restorer,
     records: Vec<Record>,
     mut changes: Box<dyn Watch>,
-    peers: &Sender<Option<Arc<PeerSet>>>,
+    publisher: &mut Publisher<'_>,
 ) -> Failure {
     let (mut own, picture) = view.picture(records);
     // Before any peer is given up: whether the registry can be believed shows at this host's own lease.
@@ -163,9 +170,14 @@ async fn follow(
         }
         Err(failure) => return failure,
     };
+    publisher.note_change();
+    publisher.flush(|| view.served());
+    view.complaints.end_picture();
     loop {
-        view.publish(peers);
-        let due = [again, view.missing_until()].into_iter().flatten().min();
+        publisher.run(|| view.served());
+        view.complaints.sum_up();
+        let due = [again, view.missing_until(), publisher.due(), view.complaints.due()];
+        let due = due.into_iter().flatten().min();
         let now = tokio::select! {
             events = changes.next() => match events {
                 Ok(events) => {
@@ -173,12 +185,19 @@ async fn follow(
                     for event in events {
                         own = view.apply(event).or(own);
                     }
+                    publisher.note_change();
                     own
                 }
                 Err(error) => return Failure::Registry(error),
             },
+            () = view.screen.changed() => {
+                publisher.note_change();
+                None
+            }
             () = at(due) => {
-                view.give_up_missing();
+                if view.give_up_missing() {
+                    publisher.note_change();
+                }
                 match again {
                     Some(then) if then <= Instant::now() => match registry.get(&view.own.key()).await {
                         Ok(record) => Some(record),
@@ -209,28 +228,29 @@ async fn at(then: Option<Instant>) {
 struct View {
     own: Subnets,
     addresses: OwnAddresses,
-    backend: BackendType,
+    screen: Screen,
+    /// The leases that are peers' by themselves. Some may overlap.
     peers: PeerSet,
     /// Those that a registry which has lost its data does not know again yet, and until when they are kept.
     missing: Option<(PeerSet, Instant)>,
-    /// Records that were warned of, so that each is once.
-    warned: HashMap<String, Revision>,
+    complaints: Complaints,
 }
 
 impl View {
-    fn new(own: &Lease, addresses: OwnAddresses) -> Self {
+    fn new(own: &Lease, addresses: OwnAddresses, screen: Screen) -> Self {
         Self {
             own: own.subnets,
             addresses,
-            backend: own.value.backend_type.clone(),
+            screen,
             peers: PeerSet::new(),
             missing: None,
-            warned: HashMap::new(),
+            complaints: Complaints::default(),
         }
     }
 
     /// Reads a whole new picture: this host's own record, if it is there, and the peers.
     fn picture(&mut self, records: Vec<Record>) -> (Option<Record>, PeerSet) {
+        self.complaints.begin_picture();
         let own_key = self.own.key();
         let (mut own, mut peers) = (None, PeerSet::new());
         for record in records {
@@ -245,73 +265,48 @@ impl View {
 
     /// Takes the peers of a picture for what is. `went_back`: of a registry that has lost data.
     fn take(&mut self, picture: PeerSet, went_back: bool) {
-        let known = if went_back {
-            self.served()
-        } else {
-            std::mem::take(&mut self.peers)
-        };
+        let known = if went_back { self.served() } else { PeerSet::new() };
         self.peers = picture;
-        if went_back {
-            let gone = known.iter().filter(|(subnets, _)| !self.peers.contains_key(subnets));
-            let gone: PeerSet = gone.map(|(subnets, lease)| (*subnets, Arc::clone(lease))).collect();
-            if !gone.is_empty() {
-                warn!(
-                    "the registry has lost the leases of {} peers: keeping them for {} s, in which their hosts should have \
-                     them again",
-                    gone.len(),
-                    GRACE.as_secs()
-                );
-                self.missing = Some((gone, Instant::now() + GRACE));
-                return;
-            }
+        let gone = known
+            .into_iter()
+            .filter(|(subnets, _)| !self.peers.contains_key(subnets));
+        let gone: PeerSet = gone.collect();
+        if !gone.is_empty() {
+            warn!(
+                "the registry has lost the leases of {} peers: keeping them for {} s, in which their hosts should have them again",
+                gone.len(),
+                GRACE.as_secs()
+            );
+            self.missing = Some((gone, Instant::now() + GRACE));
         }
-        self.tell_all(&known);
     }
 
-    /// What is to be served.
-    fn served(&self) -> PeerSet {
-        let mut served = self.peers.clone();
+    /// What is to be served; of what is not, and should be by itself, it is said why.
+    fn served(&mut self) -> PeerSet {
+        let mut settled = self.screen.settle(&self.peers);
+        for (lease, unfit) in &settled.losers {
+            self.complaints
+                .say(&lease.subnets.key(), lease.revision, || unfit.to_string());
+        }
         if let Some((missing, _)) = &self.missing {
-            let addresses: HashSet<Ipv4Addr> = self.peers.values().map(|lease| lease.value.public_ip).collect();
-            for (subnets, lease) in missing {
-                // The subnet has another host by now, or the host another subnet.
-                let superseded = addresses.contains(&lease.value.public_ip)
-                    || self.peers.keys().any(|present| present.overlap(subnets));
-                if !superseded {
-                    served.insert(*subnets, Arc::clone(lease));
-                }
-            }
+            // The subnet may have another host by now, or the host another subnet.
+            let addresses: HashSet<Ipv4Addr> = settled.peers.values().map(|lease| lease.value.public_ip).collect();
+            let alone = missing
+                .values()
+                .filter(|lease| !addresses.contains(&lease.value.public_ip));
+            screen::add_apart(&mut settled.peers, alone);
         }
-        served
-    }
-
-    /// Unread news is replaced: only the latest set matters.
-    fn publish(&self, peers: &Sender<Option<Arc<PeerSet>>>) {
-        // In all but a registry's first minute after it has lost its data no set has to be made for it.
-        let served = self.missing.is_some().then(|| self.served());
-        let served = served.as_ref().unwrap_or(&self.peers);
-        peers.send_if_modified(|published| {
-            let changed = published.as_deref() != Some(served);
-            if changed {
-                *published = Some(Arc::new(served.clone()));
-            }
-            changed
-        });
+        settled.peers
     }
 
     fn missing_until(&self) -> Option<Instant> {
         self.missing.as_ref().map(|(_, until)| *until)
     }
 
-    /// Those whose time is over.
-    fn give_up_missing(&mut self) {
-        if self.missing_until().is_some_and(|until| until <= Instant::now())
-            && let Some((missing, _)) = self.missing.take()
-        {
-            for gone in missing.keys().filter(|subnets| !self.peers.contains_key(subnets)) {
-                info!("peer {} is gone", gone.to_cidrs());
-            }
-        }
+    /// Gives those up whose time is over; whether there were any.
+    fn give_up_missing(&mut self) -> bool {
+        let now = Instant::now();
+        self.missing.take_if(|(_, until)| *until <= now).is_some()
     }
 
     /// Takes a change; what this host's own record is, if it is that which has changed.
@@ -319,27 +314,18 @@ impl View {
         match event {
             Event::Put(record) if record.key == self.own.key() => return Some(Some(record)),
             Event::Put(record) => {
-                let lease = self.peer(&record);
-                let Some(subnets) = subnets_of(&record.key) else {
-                    return None;
-                };
-                let known = self.peers.remove(&subnets);
-                match (lease, known) {
-                    (Some(lease), known) => {
-                        self.tell(known.as_deref(), &lease);
-                        self.peers.insert(subnets, Arc::new(lease));
-                    }
-                    (None, Some(_)) => info!("peer {} is gone", subnets.to_cidrs()),
-                    (None, None) => {}
+                if let Some(subnets) = subnets_of(&record.key) {
+                    self.peers.remove(&subnets);
+                }
+                if let Some(lease) = self.peer(&record) {
+                    self.peers.insert(lease.subnets, Arc::new(lease));
                 }
             }
             Event::Delete { key } if key == self.own.key() => return Some(None),
             Event::Delete { key } => {
-                self.warned.remove(&key);
-                if let Some(subnets) = subnets_of(&key)
-                    && self.peers.remove(&subnets).is_some()
-                {
-                    info!("peer {} is gone", subnets.to_cidrs());
+                self.complaints.forget(&key);
+                if let Some(subnets) = subnets_of(&key) {
+                    self.peers.remove(&subnets);
                 }
             }
         }
@@ -348,73 +334,21 @@ impl View {
 
     /// The lease of a record that is not this host's own, if it is a peer's.
     fn peer(&mut self, record: &Record) -> Option<Lease> {
-        let lease = match Lease::from_record(record) {
-            Ok(lease) => lease,
-            Err(error) => {
-                self.warn_once(record, &error.to_string());
-                return None;
-            }
-        };
-        let why_not = if self.addresses.contain(lease.value.public_ip) {
+        let why_not = match Lease::from_record(record) {
+            Err(error) => error.to_string(),
             // Left from before a reservation, say: packets sent there would come back here and go round until they die.
-            format!(
+            Ok(lease) if self.addresses.contain(lease.value.public_ip) => format!(
                 "skipping {}: it carries this host's PublicIP, but this host uses {}",
                 lease.subnets.to_cidrs(),
                 self.own.to_cidrs()
-            )
-        } else if lease.value.backend_type != self.backend {
-            format!(
-                "skipping peer {}: its backend is {}, this host's is {}",
-                lease.subnets.to_cidrs(),
-                lease.value.backend_type,
-                self.backend
-            )
-        } else {
-            return Some(lease);
+            ),
+            Ok(lease) => match self.screen.check(&lease) {
+                Ok(()) => return Some(lease),
+                Err(unfit) => unfit.to_string(),
+            },
         };
-        self.warn_once(record, &why_not);
+        self.complaints.say(&record.key, record.revision, || why_not);
         None
-    }
-
-    /// Says what is new against `known`; if that is much, only how much.
-    fn tell_all(&self, known: &PeerSet) {
-        let news = self
-            .peers
-            .iter()
-            .filter(|(subnets, lease)| known.get(subnets) != Some(lease));
-        let gone = known.keys().filter(|subnets| !self.peers.contains_key(subnets));
-        let (count, gone_count) = (news.clone().count(), gone.clone().count());
-        if count + gone_count > LINES {
-            info!("{count} peers are new or have changed, {gone_count} are gone");
-            return;
-        }
-        for (subnets, lease) in news {
-            self.tell(known.get(subnets).map(|lease| &**lease), lease);
-        }
-        for gone in gone {
-            info!("peer {} is gone", gone.to_cidrs());
-        }
-    }
-
-    fn tell(&self, known: Option<&Lease>, lease: &Lease) {
-        match known {
-            None => info!("peer {} at {}", lease.subnets.to_cidrs(), lease.value.public_ip),
-            Some(known) if known.value.public_ip != lease.value.public_ip => {
-                info!(
-                    "peer {} moved from {} to {}",
-                    lease.subnets.to_cidrs(),
-                    known.value.public_ip,
-                    lease.value.public_ip
-                );
-            }
-            Some(_) => {}
-        }
-    }
-
-    fn warn_once(&mut self, record: &Record, text: &str) {
-        if self.warned.insert(record.key.clone(), record.revision) != Some(record.revision) {
-            warn!("{text}");
-        }
     }
 }
 
@@ -422,12 +356,14 @@ impl View {
 mod tests {
     use std::{net::Ipv4Addr, time::Duration};
 
+    use ipnet::Ipv4Net;
     use tokio::{sync::watch::Receiver, task::JoinHandle};
 
     use super::*;
     use crate::{
         lease::{acquire::Own, record::LeaseValue},
-        registry::memory::MemoryRegistry,
+        network::Network,
+        registry::{Revision, memory::MemoryRegistry},
     };
 
     const OWN: &str = "subnets/10.5.1.0-24";
@@ -438,6 +374,7 @@ mod tests {
         peers: Receiver<Option<Arc<PeerSet>>>,
         addresses: OwnAddresses,
         holding: Holding,
+        here: Sender<Vec<Ipv4Net>>,
         task: JoinHandle<Revoked>,
     }
 
@@ -461,12 +398,17 @@ mod tests {
         let addresses = OwnAddresses::new(own.value.public_ip);
         let holding = Holding::new(Own { lease: own, left: None }, first.is_none());
         let (shared, known, held) = (registry.clone(), addresses.clone(), holding.clone());
-        let task = tokio::spawn(async move { watch(&shared, &held, &known, first.as_deref(), &publish).await });
+        let network = Network::parse(r#"{"Network":"10.5.0.0/16"}"#).unwrap().network;
+        let (here, addresses_here) = tokio::sync::watch::channel(vec!["192.0.2.1/24".parse().unwrap()]);
+        let screen = Screen::new(&network, &holding.now().lease, addresses_here);
+        let task =
+            tokio::spawn(async move { watch(&shared, &held, &known, &screen, first.as_deref(), &publish).await });
         Fixture {
             registry,
             peers,
             addresses,
             holding,
+            here,
             task,
         }
     }
@@ -538,6 +480,70 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn what_others_write_takes_no_good_peers_place() {
+        let mut watch = start(&[("subnets/10.5.2.0-24", &value(2)), ("subnets/10.5.3.0-24", &value(3))]).await;
+        watch.expect(&["10.5.2.0-24@192.0.2.2", "10.5.3.0-24@192.0.2.3"]).await;
+        let at = |address: &str| LeaseValue::new(address.parse().unwrap()).to_bytes();
+        let deep = format!(
+            r#"{{"PublicIP":"192.0.2.66","BackendData":{}1{}}}"#,
+            "[".repeat(500),
+            "]".repeat(500)
+        );
+        for (key, value) in [
+            ("10.5.2.0-25", value(66)),
+            ("10.5.0.0-17", value(66)),
+            ("10.5.1.0-25", value(66)),
+            ("10.5.0.0-16", value(66)),
+            ("10.9.1.0-24", value(66)),
+            ("0.0.0.0-0", value(66)),
+            ("10.5.9.0-24", at("0.0.0.0")),
+            ("10.5.10.0-24", at("255.255.255.255")),
+            ("10.5.11.0-24", at("192.0.2.255")),
+            ("10.5.12.0-24", at("10.5.12.1")),
+            ("10.5.13.0-24", at("127.0.0.1")),
+            ("10.5.14.0-24", deep.into_bytes()),
+            ("10.5.15.0-24", vec![0xff; 4_096]),
+            ("10.5.16.0-24", Vec::new()),
+            ("\u{fffd}", value(66)),
+        ] {
+            let key = format!("subnets/{key}");
+            watch.registry.put(&key, &value).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            watch.expect(&["10.5.2.0-24@192.0.2.2", "10.5.3.0-24@192.0.2.3"]).await;
+        }
+        // And the same in a new picture.
+        watch.registry.fail_watches();
+        watch.registry.put("subnets/10.5.4.0-24", &value(4)).await.unwrap();
+        watch
+            .expect(&[
+                "10.5.2.0-24@192.0.2.2",
+                "10.5.3.0-24@192.0.2.3",
+                "10.5.4.0-24@192.0.2.4",
+            ])
+            .await;
+        // One that loses to another is served when that is gone.
+        watch.delete("subnets/10.5.2.0-24").await;
+        watch
+            .expect(&[
+                "10.5.2.0-25@192.0.2.66",
+                "10.5.3.0-24@192.0.2.3",
+                "10.5.4.0-24@192.0.2.4",
+            ])
+            .await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_with_this_hosts_address_is_served_once_that_is_the_peers_alone() {
+        let mut watch = start(&[("subnets/10.5.2.0-24", &value(7))]).await;
+        watch.expect(&["10.5.2.0-24@192.0.2.7"]).await;
+        let both = ["192.0.2.1/24", "192.0.2.7/24"].map(|net| net.parse().unwrap());
+        watch.here.send_replace(both.to_vec());
+        watch.expect(&[]).await;
+        watch.here.send_replace(both[..1].to_vec());
+        watch.expect(&["10.5.2.0-24@192.0.2.7"]).await;
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn what_changed_while_cut_off_is_found_and_peers_in_both_pictures_are_never_withdrawn() {
         let mut watch = start(&[("subnets/10.5.2.0-24", &value(2)), ("subnets/10.5.3.0-24", &value(3))]).await;
         watch.expect(&["10.5.2.0-24@192.0.2.2", "10.5.3.0-24@192.0.2.3"]).await;
@@ -587,6 +593,7 @@ mod tests {
         watch.addresses.settle(Ipv4Addr::new(192, 0, 2, 9));
         let stored = watch.registry.get(OWN).await.unwrap().unwrap();
         watch.holding.found(Lease::from_record(&stored).unwrap());
+        watch.here.send_replace(vec!["192.0.2.9/24".parse().unwrap()]);
         // The old address may be another host's now, and the new one is no peer's.
         watch.registry.put("subnets/10.5.3.0-24", &value(1)).await.unwrap();
         watch.registry.put("subnets/10.5.2.0-24", &value(9)).await.unwrap();
@@ -723,7 +730,11 @@ mod tests {
         let first = vec![record(2, 701), record(3, 702), record(4, 703)];
         let own = Lease::from_record(&record(1, 700)).unwrap();
         let mut watch = start_with(registry, own, Some(first));
-        let all = ["10.5.2.0-24@192.0.2.2", "10.5.3.0-24@192.0.2.3", "10.5.4.0-24@192.0.2.4"];
+        let all = [
+            "10.5.2.0-24@192.0.2.2",
+            "10.5.3.0-24@192.0.2.3",
+            "10.5.4.0-24@192.0.2.4",
+        ];
         watch.expect(&all).await;
         watch.expect_own().await;
         assert!(watch.holding.now().confirmed);
@@ -733,7 +744,11 @@ mod tests {
         watch.registry.put("subnets/10.5.2.0-24", &value(2)).await.unwrap();
         watch.registry.put("subnets/10.5.9.0-24", &value(3)).await.unwrap();
         watch
-            .expect(&["10.5.2.0-24@192.0.2.2", "10.5.4.0-24@192.0.2.4", "10.5.9.0-24@192.0.2.3"])
+            .expect(&[
+                "10.5.2.0-24@192.0.2.2",
+                "10.5.4.0-24@192.0.2.4",
+                "10.5.9.0-24@192.0.2.3",
+            ])
             .await;
         tokio::time::sleep(GRACE / 4).await;
         assert!(!watch.peers.has_changed().unwrap(), "time is not over yet");

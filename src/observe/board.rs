@@ -103,13 +103,13 @@ impl Board {
     pub fn lease(&self, own: &record::Lease, left: Option<Duration>, renew_margin: Duration) {
         let mut notes = self.notes();
         notes.renew_margin = renew_margin;
-        notes.own = Some((own.clone(), left.map(|left| Instant::now() + left)));
+        notes.own = Some((own.clone(), left.and_then(expiry)));
     }
 
     /// How long the lease has after it was renewed.
     pub fn renewed(&self, left: Duration) {
         if let Some((_, expires)) = &mut self.notes().own {
-            *expires = Some(Instant::now() + left);
+            *expires = expiry(left);
         }
     }
 
@@ -230,6 +230,11 @@ impl Board {
             backend: report.map(|report| report.backend),
         }
     }
+}
+
+/// `None` for a time that has no end: etcd takes any number of seconds.
+fn expiry(left: Duration) -> Option<Instant> {
+    Instant::now().checked_add(left)
 }
 
 impl Notes {

@@ -10,10 +10,12 @@
 //! | [`metrics`] | the same for Prometheus |
 //! | [`registry`] | watches how the registry answers |
 //! | [`outage`] | how the daemon speaks of trouble that lasts |
+//! | [`lines`] | and of trouble that thousands have |
 
 pub mod board;
 pub mod health;
 mod limit;
+pub mod lines;
 pub mod metrics;
 pub mod outage;
 pub mod registry;

@@ -28,14 +28,21 @@ use self::{
     connection::{Cluster, Connection, Repeat},
     reason::{Fault, NO_LEADER},
 };
-use super::{Error, Event, Record, Registry, Revision, TtlId, Watch, prefix::Prefix};
+use super::{Error, Event, LONGEST_VALUE, Record, Registry, Revision, TtlId, Watch, prefix::Prefix};
 
-/// How many records one answer may hold: at some 300 bytes a lease, 3 MB, which a server reads in well under a second.
-const PAGE: i64 = 10_000;
+/// The largest answer we take. etcd does not bound what it sends, and a record is at most 1.5 MB (`--max-request-bytes`): room
+/// for ten of these, and for 50,000 leases.
+const MAX_ANSWER: usize = 16 << 20;
 
-/// The largest answer we take. etcd does not bound what it sends; a record is at most 1.5 MB (`--max-request-bytes`) and
-/// ours are far smaller, so a page of [`PAGE`] fits many times over.
-const MAX_ANSWER: usize = 64 << 20;
+/// The most keys that are listed: a /8 has 65,536 subnets of /24. With [`LONGEST_VALUE`] it bounds the memory, and a registry with
+/// more under one prefix is used for something else besides.
+const MOST_RECORDS: usize = 1 << 18;
+
+/// The longest key that is shown. Those that this program uses have some 70 bytes; etcd allows more than a million.
+const LONGEST_KEY: usize = 256;
+
+/// How much of a value that is [too long](LONGEST_VALUE) is shown.
+const EXCERPT: usize = 64;
 
 /// How many keys are looked through for configurations at other prefixes; it is only for a hint.
 const MAX_KEYS_FOR_HINT: i64 = 10_000;
@@ -143,22 +150,51 @@ impl EtcdRegistry {
         let end = range_end(&start);
         let mut from = start.clone().into_bytes();
         let (mut records, mut revision) = (Vec::new(), 0);
+        let mut page = Page::default();
         loop {
             // Later pages are read at the revision of the first, so that together they are one picture.
             let options = GetOptions::new()
                 .with_range(end.clone())
-                .with_limit(PAGE)
+                .with_limit(page.limit())
                 .with_revision(revision);
             let get = |connection: Connection| {
                 let (from, options) = (from.clone(), options.clone());
                 let mut client = connection.client.kv_client().max_decoding_message_size(MAX_ANSWER);
-                async move { client.get(from, Some(options)).await }
+                async move {
+                    match client.get(from, Some(options)).await {
+                        Err(etcd_client::Error::GRpcStatus(status)) if is_too_large(&status) => Ok(None),
+                        answer => answer.map(Some),
+                    }
+                }
             };
-            let answer = self.call(("listing", &start), Repeat::Yes, get).await?;
+            let Some(answer) = self.call(("listing", &start), Repeat::Yes, get).await? else {
+                if page.shrink() {
+                    continue;
+                }
+                let reason = format!(
+                    "listing {start}: a record from {} on is longer than {MAX_ANSWER} bytes",
+                    shown_key(&from)
+                );
+                return Err(self.failed(reason));
+            };
             if revision == 0 {
                 revision = answer.header().map_or(0, |header| header.revision());
             }
-            records.extend(answer.kvs().iter().map(|entry| record(prefix, entry)));
+            page.adapt(
+                answer
+                    .kvs()
+                    .iter()
+                    .map(|entry| entry.key().len() + entry.value().len())
+                    .sum(),
+            );
+            records.extend(answer.kvs().iter().map(|entry| short_record(prefix, entry)));
+            if records.len() > MOST_RECORDS {
+                let reason = format!(
+                    "there are more than {MOST_RECORDS} keys under {start}, where only leases belong: remove the others, or give \
+                     this network another --etcd-prefix"
+                );
+                return Err(self.failed(reason));
+            }
             match answer.kvs().last() {
                 Some(last) if answer.more() => {
                     from = last.key().to_vec();
@@ -166,6 +202,13 @@ impl EtcdRegistry {
                 }
                 _ => return Ok((records, Revision(revision))),
             }
+        }
+    }
+
+    fn failed(&self, reason: String) -> Error {
+        Error::Failed {
+            registry: self.describe(),
+            reason,
         }
     }
 
@@ -495,7 +538,7 @@ impl EtcdWatch {
     fn event(&self, event: &etcd_client::Event) -> Option<Event> {
         let entry = event.kv()?;
         Some(match event.event_type() {
-            EventType::Put => Event::Put(record(&self.prefix, entry)),
+            EventType::Put => Event::Put(short_record(&self.prefix, entry)),
             EventType::Delete => Event::Delete {
                 key: relative(&self.prefix, entry),
             },
@@ -512,9 +555,84 @@ fn record(prefix: &Prefix, entry: &KeyValue) -> Record {
     }
 }
 
-/// A key that is no UTF-8 is none of ours; made readable, it is what a message can show.
+/// One of many, without a value that would take room for nothing.
+fn short_record(prefix: &Prefix, entry: &KeyValue) -> Record {
+    if entry.value().len() <= LONGEST_VALUE {
+        return record(prefix, entry);
+    }
+    let start = String::from_utf8_lossy(&entry.value()[..EXCERPT]);
+    let note = format!(
+        "({} bytes, too many for a record, which begin with) {start}",
+        entry.value().len()
+    );
+    Record {
+        key: relative(prefix, entry),
+        value: note.into_bytes(),
+        revision: Revision(entry.mod_revision()),
+        ttl: ttl_id(entry.lease()),
+    }
+}
+
 fn relative(prefix: &Prefix, entry: &KeyValue) -> String {
-    prefix.relative(&String::from_utf8_lossy(entry.key())).to_owned()
+    prefix.relative(&shown_key(entry.key())).to_owned()
+}
+
+/// A key that is no UTF-8, or too long, is none of ours; made readable and cut, it is what a message can show.
+fn shown_key(key: &[u8]) -> String {
+    match key.get(..LONGEST_KEY) {
+        None => String::from_utf8_lossy(key).into_owned(),
+        Some(start) => format!("{}…", String::from_utf8_lossy(start)),
+    }
+}
+
+/// How many records are asked for at once: few at first, and so many that an answer is of the size that a server reads and we take
+/// without effort.
+#[derive(Debug)]
+struct Page(i64);
+
+impl Page {
+    /// Values of any size that etcd takes by default make 200 MB: more than we take, but less than harms the server.
+    const FIRST: i64 = 128;
+    /// At some 300 bytes a lease, 2.5 MB.
+    const MOST: i64 = 8_192;
+    /// The size of an answer, in bytes, below which more are asked for, and above which fewer.
+    const SMALL: usize = 1 << 20;
+    const LARGE: usize = 4 << 20;
+
+    fn limit(&self) -> i64 {
+        self.0
+    }
+
+    /// An answer had this many bytes.
+    fn adapt(&mut self, bytes: usize) {
+        if bytes < Self::SMALL {
+            self.0 = (self.0 * 2).min(Self::MOST);
+        } else if bytes > Self::LARGE {
+            self.shrink();
+        }
+    }
+
+    /// An answer was too large; `false`: there is no smaller one.
+    fn shrink(&mut self) -> bool {
+        let before = self.0;
+        self.0 = (before / 8).max(1);
+        self.0 < before
+    }
+}
+
+impl Default for Page {
+    fn default() -> Self {
+        Page(Self::FIRST)
+    }
+}
+
+/// Whether the answer was there but larger than we take ([`MAX_ANSWER`]), or than the server sends (2 GiB).
+fn is_too_large(status: &tonic::Status) -> bool {
+    match status.code() {
+        tonic::Code::OutOfRange => status.message().contains("message length too large"),
+        tonic::Code::ResourceExhausted => status.message().contains("message larger than max"),
+        _ => false,
+    }
 }
 
 fn ttl_id(lease: i64) -> Option<TtlId> {
@@ -547,6 +665,38 @@ fn range_end(start: &str) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_page_becomes_as_large_as_its_answers_allow() {
+        let mut page = Page::default();
+        let mut listed = 0;
+        let mut calls = 0;
+        while listed < 10_000 {
+            listed += page.limit();
+            calls += 1;
+            page.adapt(300 * page.limit() as usize);
+        }
+        assert!(calls <= 8, "{calls}");
+        let mut page = Page::default();
+        while 1_500_000 * page.limit() as usize > MAX_ANSWER {
+            assert!(page.shrink());
+        }
+        page.adapt(1_500_000 * page.limit() as usize);
+        assert!(page.limit() >= 1);
+        page = Page(1);
+        assert!(!page.shrink());
+    }
+
+    #[test]
+    fn a_key_that_is_too_long_or_no_text_can_be_shown_and_is_no_leases() {
+        let long = shown_key(&[b'a'; 1_000_000]);
+        assert!(long.len() < LONGEST_KEY + 4 && long.ends_with('…'));
+        // Cut behind what would be a lease's key.
+        let mut key = vec![b'/'; LONGEST_KEY - 11];
+        key.extend(b"10.5.2.0-24 and so on");
+        assert!(shown_key(&key).ends_with("10.5.2.0-24…"));
+        assert_eq!(shown_key(b"/subnets/\xff\xfe"), "/subnets/\u{fffd}\u{fffd}");
+    }
 
     #[test]
     fn a_range_ends_before_the_first_key_that_begins_otherwise() {

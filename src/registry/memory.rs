@@ -151,7 +151,8 @@ impl Registry for MemoryRegistry {
     }
 
     async fn replace(&self, record: &Record, value: &[u8]) -> Result<Option<Record>, Error> {
-        let made = self.with_store(|store, _| store.replace(&self.full_key(&record.key), record.revision, value, record.ttl))?;
+        let made =
+            self.with_store(|store, _| store.replace(&self.full_key(&record.key), record.revision, value, record.ttl))?;
         Ok(made.map(|record| self.prefix.relative_record(record)))
     }
 

@@ -23,6 +23,11 @@ use std::{fmt, time::Duration};
 
 use async_trait::async_trait;
 
+/// The longest value that lists and watches give, in bytes: several times the longest lease of any backend of flannel's, dual
+/// stack. A longer one is junk, of which thousands would fill the memory; a note about it, which is no JSON, stands in its place.
+/// The registry that only root can write to gives all as it is.
+pub const LONGEST_VALUE: usize = 2_048;
+
 /// The number of a change. Grows with each change to the whole registry; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Revision(pub i64);
@@ -36,7 +41,7 @@ pub struct TtlId(pub i64);
 pub struct Record {
     /// The key, relative to the network's prefix, without a leading slash.
     pub key: String,
-    /// The value, as it is stored.
+    /// The value, as it is stored; of one among many that is [too long](LONGEST_VALUE) a note in its place.
     pub value: Vec<u8>,
     /// The change that made this value.
     pub revision: Revision,

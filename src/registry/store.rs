@@ -267,7 +267,11 @@ mod tests {
         assert_eq!(store.replace("/a", first.revision, b"2", other.ttl), None);
         let free = store.replace("/a", first.revision, b"2", None).unwrap();
         assert_eq!(free.ttl, None);
-        assert_eq!(store.replace("/a", free.revision, b"3", first.ttl), None, "that has ended");
+        assert_eq!(
+            store.replace("/a", free.revision, b"3", first.ttl),
+            None,
+            "that has ended"
+        );
     }
 
     #[test]

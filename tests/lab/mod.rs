@@ -3,18 +3,23 @@
 #![allow(dead_code, reason = "each test program uses its own part of this")]
 
 pub(crate) mod certificates;
+pub(crate) mod clock;
 pub(crate) mod etcd;
 pub(crate) mod faults;
 pub(crate) mod flow;
+pub(crate) mod memory;
 pub(crate) mod original;
 pub(crate) mod pair;
 pub(crate) mod plain_peer;
+pub(crate) mod pour;
 pub(crate) mod programmed;
 pub(crate) mod relay;
 pub(crate) mod seccomp;
 pub(crate) mod stream;
 pub(crate) mod supervisor;
 pub(crate) mod traffic;
+pub(crate) mod vitals;
+pub(crate) mod vxlan;
 pub(crate) mod wire;
 
 use etcd::{EtcdOptions, EtcdServer};
@@ -29,7 +34,7 @@ use std::{
     io::{self, Read, Write},
     net::{Ipv4Addr, SocketAddr, TcpStream},
     os::unix::net::UnixDatagram,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, ExitStatus, Output},
     sync::Once,
     thread,
@@ -42,6 +47,9 @@ pub(crate) const FLANNELD: &str = env!("CARGO_BIN_EXE_flanneld");
 
 /// Longer than anything here takes on a busy machine, so that what never comes fails the test.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The flag that each daemon has, up to its value.
+const SUBNET_FILE: &str = "--subnet-file=";
 
 /// The configuration of most tests: the `udp` backend in 10.5.0.0/16.
 pub(crate) const CONFIG: &str = r#"{"Network":"10.5.0.0/16"}"#;
@@ -145,8 +153,6 @@ pub(crate) struct Daemon {
     without_io_uring: bool,
     /// A program that runs it, with its arguments.
     under: Vec<String>,
-    /// What its subnet file and its sockets are named after.
-    files: String,
     runs: usize,
     process: Option<Process>,
     /// Where `sd_notify` of the run under way arrives.
@@ -167,7 +173,7 @@ impl Daemon {
     pub(crate) fn named(name: &str, lab: &Lab, host: &Host, registry: &Registry) -> Daemon {
         let mut flags = registry.flags.clone();
         flags.push(format!(
-            "--subnet-file={}",
+            "{SUBNET_FILE}{}",
             lab.dir().join(format!("{name}.env")).display()
         ));
         Daemon {
@@ -177,7 +183,6 @@ impl Daemon {
             flags,
             without_io_uring: false,
             under: Vec::new(),
-            files: name.to_owned(),
             runs: 0,
             process: None,
             notify: None,
@@ -198,7 +203,6 @@ impl Daemon {
             flags,
             without_io_uring: false,
             under: Vec::new(),
-            files: self.files.clone(),
             runs: 0,
             process: None,
             notify: None,
@@ -250,9 +254,15 @@ impl Daemon {
     }
 
     /// Run by a program that becomes it in the end, such as `env` or `setpriv`, with these arguments.
-    pub(crate) fn under(mut self, program: &[&str]) -> Daemon {
-        self.under = program.iter().map(|&word| word.to_owned()).collect();
+    pub(crate) fn under(mut self, program: &[impl AsRef<str>]) -> Daemon {
+        self.under = program.iter().map(|word| word.as_ref().to_owned()).collect();
         self
+    }
+
+    /// With its subnet file there.
+    pub(crate) fn with_subnet_file(mut self, path: &Path) -> Daemon {
+        self.flags.retain(|flag| !flag.starts_with(SUBNET_FILE));
+        self.with(format!("{SUBNET_FILE}{}", path.display()))
     }
 
     /// Starts it, again if it has run before.
@@ -334,12 +344,13 @@ impl Daemon {
 
     /// Where its subnet file is.
     pub(crate) fn subnet_file(&self) -> PathBuf {
-        self.dir.join(format!("{}.env", self.files))
+        let mut flags = self.flags.iter();
+        flags.find_map(|flag| flag.strip_prefix(SUBNET_FILE)).unwrap().into()
     }
 
     /// Where it can be asked to hand over.
     pub(crate) fn handover_socket(&self) -> PathBuf {
-        self.dir.join(format!("{}.handover", self.files))
+        self.subnet_file().with_extension("handover")
     }
 
     /// The process of the run under way.
