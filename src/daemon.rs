@@ -317,7 +317,14 @@ async fn serve(
     warn_of_renumbering(settings, &previous, &own);
     if begun.take_if(|begun| begun.subnets != own.lease.subnets).is_some() {
         drop(backend);
-        backend = backend_of(&network, &external, &overlays, settings, Descriptors::default(), failures)?;
+        backend = backend_of(
+            &network,
+            &external,
+            &overlays,
+            settings,
+            Descriptors::default(),
+            failures,
+        )?;
     }
     leftovers::remove(&mut kernel, &overlays, network.backend())?;
     if begun.is_none() {
@@ -791,7 +798,10 @@ async fn predecessor(settings: &Settings) -> Result<Option<Predecessor>, heir::E
     let path = handover::beside(&settings.status_socket);
     let found = Predecessor::find(&path).await?;
     if found.is_none() {
-        info!("no flanneld runs that listens at {}: there is nothing to take over", path.display());
+        info!(
+            "no flanneld runs that listens at {}: there is nothing to take over",
+            path.display()
+        );
     }
     Ok(found)
 }

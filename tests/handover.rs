@@ -8,13 +8,11 @@ use flannel::{
     lab::{HostOptions, wait_until},
     observe::status::{Status, Worker},
 };
-use lab::{CONFIG, Daemon, Overlay, PATIENCE, Registry, etcd::EtcdServer, flow::Flows, new_lab, supervisor::Supervisor};
-use nix::sys::signal::Signal;
-use std::{
-    fs,
-    os::fd::OwnedFd,
-    path::Path,
+use lab::{
+    CONFIG, Daemon, Overlay, PATIENCE, Registry, etcd::EtcdServer, flow::Flows, new_lab, supervisor::Supervisor,
 };
+use nix::sys::signal::Signal;
+use std::{fs, os::fd::OwnedFd, path::Path};
 use tokio::net::{UnixListener, UnixStream};
 
 /// Two hosts with a container each, on an etcd.
@@ -42,7 +40,10 @@ fn lost(flows: [Flows; 2]) -> (usize, u64) {
 
 fn status(overlay: &Overlay) -> Status {
     let daemon = &overlay.daemons[0];
-    let flag = format!("--status-socket={}", daemon.subnet_file().with_extension("sock").display());
+    let flag = format!(
+        "--status-socket={}",
+        daemon.subnet_file().with_extension("sock").display()
+    );
     let mut command = lab::flanneld(overlay.hosts[0].ns());
     let output = command.args(["status", "--json", &flag]).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -54,7 +55,12 @@ fn counted(status: &Status) -> [u64; 5] {
     let engine = status.backend.as_ref().and_then(|backend| backend.engine.as_ref());
     let total = engine.map_or_else(Worker::default, |engine| Worker::total(&engine.workers));
     let peer = status.peers[0].traffic.unwrap_or_default();
-    let answered = status.registry.requests.values().map(|requests| requests.answered).sum();
+    let answered = status
+        .registry
+        .requests
+        .values()
+        .map(|requests| requests.answered)
+        .sum();
     [
         total.sent.packets,
         total.received.packets,
@@ -71,7 +77,9 @@ fn records(overlay: &Overlay, etcd: &EtcdServer) -> [String; 2] {
         .map(|key| etcd.etcdctl(&["get", "-w", "fields", &format!("/coreos.com/network/{key}")]))
         .map(|fields| {
             let fields = fields.lines().filter(|line| {
-                ["\"Key\"", "\"Value\"", "\"ModRevision\"", "\"Lease\""].iter().any(|name| line.starts_with(name))
+                ["\"Key\"", "\"Value\"", "\"ModRevision\"", "\"Lease\""]
+                    .iter()
+                    .any(|name| line.starts_with(name))
             });
             let fields: Vec<&str> = fields.collect();
             assert_eq!(fields.len(), 4, "{fields:?}");
@@ -93,18 +101,26 @@ fn hand_over(overlay: &mut Overlay, name: &str, flags: &[&str]) -> Daemon {
 
 fn device(overlay: &Overlay) -> String {
     let ns = overlay.hosts[0].ns();
-    ["-d -o link show dev flannel0", "-o address show dev flannel0", "route show dev flannel0"]
-        .map(|command| ns.ip(command).unwrap())
-        .concat()
+    [
+        "-d -o link show dev flannel0",
+        "-o address show dev flannel0",
+        "route show dev flannel0",
+    ]
+    .map(|command| ns.ip(command).unwrap())
+    .concat()
 }
 
 #[test]
 fn a_new_daemon_takes_everything_over_and_no_packet_is_lost() {
     let (mut overlay, etcd) = pair("handover", "udp");
-    let (device_before, records_before, subnet) = (device(&overlay), records(&overlay, &etcd), overlay.daemons[0].subnet());
+    let (device_before, records_before, subnet) =
+        (device(&overlay), records(&overlay, &etcd), overlay.daemons[0].subnet());
     let flows = both_ways(&overlay);
     let mut before = status(&overlay);
-    for (number, io) in ["uring", "mmsg", "mmsg", "uring", "uring", "mmsg"].into_iter().enumerate() {
+    for (number, io) in ["uring", "mmsg", "mmsg", "uring", "uring", "mmsg"]
+        .into_iter()
+        .enumerate()
+    {
         hand_over(&mut overlay, &format!("heir{number}"), &[&format!("--io={io}")]).assert_content();
         let now = status(&overlay);
         assert_ne!(now.pid, before.pid);
@@ -121,7 +137,10 @@ fn a_new_daemon_takes_everything_over_and_no_packet_is_lost() {
     // What it has taken over it lets go of as any other.
     assert!(overlay.daemons[0].stop().success());
     assert!(!overlay.hosts[0].ns().ip("-br link").unwrap().contains("flannel0"));
-    assert_eq!(etcd.etcdctl(&["get", &format!("/coreos.com/network/hosts/{}", overlay.hosts[0].ip())]), "");
+    assert_eq!(
+        etcd.etcdctl(&["get", &format!("/coreos.com/network/hosts/{}", overlay.hosts[0].ip())]),
+        ""
+    );
     overlay.daemons[0].start_and_wait();
 }
 
@@ -142,7 +161,10 @@ fn where_the_kernel_carries_the_packets_lease_and_counts_go_over() {
 
 /// Runs what speaks the handover's language.
 fn speak<T>(work: impl Future<Output = T>) -> T {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
     runtime.block_on(work)
 }
 
@@ -213,8 +235,14 @@ fn the_running_daemon_goes_on_wherever_the_new_one_fails() {
     heir.kill9();
 
     let now = counted(&status(&overlay));
-    assert!(now.iter().zip(before).all(|(now, before)| *now >= before), "{before:?}, then {now:?}");
-    assert!(now[..4].iter().zip(before).all(|(now, before)| *now > before), "{before:?}, then {now:?}");
+    assert!(
+        now.iter().zip(before).all(|(now, before)| *now >= before),
+        "{before:?}, then {now:?}"
+    );
+    assert!(
+        now[..4].iter().zip(before).all(|(now, before)| *now > before),
+        "{before:?}, then {now:?}"
+    );
     let (lost, sent) = lost(flows);
     eprintln!("failed handovers: {lost} of {sent} lost");
     assert_eq!(lost, 0, "of {sent}");
@@ -245,9 +273,10 @@ fn another_version_is_refused_in_words_and_the_running_daemon_goes_on() {
     let elsewhere = overlay.lab.dir().join("later.handover");
     speak(async {
         let listener = UnixListener::bind(&elsewhere).unwrap();
-        heir = overlay.daemons[0]
-            .heir("heir")
-            .with(format!("--status-socket={}", elsewhere.with_extension("sock").display()));
+        heir = overlay.daemons[0].heir("heir").with(format!(
+            "--status-socket={}",
+            elsewhere.with_extension("sock").display()
+        ));
         heir.start();
         let mut connection = Connection::new(listener.accept().await.unwrap().0);
         let Some(ToRunning::Hello(hello)) = connection.recv().await.unwrap() else {
@@ -261,7 +290,11 @@ fn another_version_is_refused_in_words_and_the_running_daemon_goes_on() {
         connection.send(&offer, &[]).await.unwrap();
     });
     assert_eq!(heir.wait_exit().code(), Some(1));
-    assert!(heir.log().contains("the running flanneld 9.0.0 speaks version"), "{}", heir.log());
+    assert!(
+        heir.log().contains("the running flanneld 9.0.0 speaks version"),
+        "{}",
+        heir.log()
+    );
     overlay.assert_all_reach_all();
 }
 
