@@ -264,11 +264,12 @@ async fn serve(
     // Before anything is looked at: what changes from then on is told.
     let mut monitor = Monitor::open().map_err(Error::Monitor)?;
     let overlays = Overlays::new(&network, &previous).ok_or(backend::Error::NoIpv4(network.backend().kind()))?;
-    // What has begun with something else goes first, and its device with it.
-    let early = early.filter(|early| early.network == network);
     let (mut backend, mut begun) = match early {
-        Some(Early { backend, lease, .. }) => (backend, Some(lease)),
-        None => {
+        Some(early) if early.network == network => (early.backend, Some(early.lease)),
+        other => {
+            if let Some(early) = other {
+                left = early::what_is_left(early.backend);
+            }
             let backend = backend_of(&network, &external, &overlays, settings, left, failures.clone())?;
             (backend, None)
         }
@@ -316,15 +317,8 @@ async fn serve(
     board.lease(&own.lease, own.left, settings.renew_margin);
     warn_of_renumbering(settings, &previous, &own);
     if begun.take_if(|begun| begun.subnets != own.lease.subnets).is_some() {
-        drop(backend);
-        backend = backend_of(
-            &network,
-            &external,
-            &overlays,
-            settings,
-            Descriptors::default(),
-            failures,
-        )?;
+        left = early::what_is_left(backend);
+        backend = backend_of(&network, &external, &overlays, settings, left, failures)?;
     }
     leftovers::remove(&mut kernel, &overlays, network.backend())?;
     if begun.is_none() {

@@ -82,6 +82,15 @@ impl Early {
     }
 }
 
+/// What a backend that has begun with something else leaves to the one that takes its place: as much as fits is used again, and a
+/// supervisor may have all of it, too.
+pub(super) fn what_is_left(backend: Box<dyn Backend>) -> Descriptors {
+    let left = backend.descriptors().unwrap_or_default();
+    // Carries what it has taken to its end.
+    drop(backend);
+    Descriptors { shared: false, ..left }
+}
+
 fn carry(
     mut backend: Box<dyn Backend>,
     network: &Network,
