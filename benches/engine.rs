@@ -73,7 +73,14 @@ impl Member {
                 public_ip: host.ip(),
             };
             let (failures, _) = mpsc::unbounded_channel();
-            let mut backend = Udp::new(&external, network::Udp::default(), options, Descriptors::default(), failures).unwrap();
+            let mut backend = Udp::new(
+                &external,
+                network::Udp::default(),
+                options,
+                Descriptors::default(),
+                failures,
+            )
+            .unwrap();
             backend.start(&network, &lease).unwrap();
             backend.resume().unwrap();
             backend

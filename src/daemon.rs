@@ -769,7 +769,10 @@ async fn predecessor(settings: &Settings) -> Result<Option<Predecessor>, heir::E
     let path = handover::beside(&settings.status_socket);
     let found = Predecessor::find(&path).await?;
     if found.is_none() {
-        info!("no flanneld runs that listens at {}: there is nothing to take over", path.display());
+        info!(
+            "no flanneld runs that listens at {}: there is nothing to take over",
+            path.display()
+        );
     }
     Ok(found)
 }

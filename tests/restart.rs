@@ -4,7 +4,12 @@
 mod lab;
 
 use flannel::lab::{HostOptions, Namespace};
-use lab::{CONFIG, Daemon, Overlay, Registry, etcd::{EtcdOptions, EtcdServer}, flow::Flows, new_lab, not_tested};
+use lab::{
+    CONFIG, Daemon, Overlay, Registry,
+    etcd::{EtcdOptions, EtcdServer},
+    flow::Flows,
+    new_lab, not_tested,
+};
 use nix::sys::signal::Signal;
 
 /// More descriptors than any daemon here has.
@@ -121,7 +126,11 @@ fn what_the_supervisor_has_kept_is_used_as_far_as_it_fits() {
     assert_eq!(index(&ns), before);
     // Another kind of device has to be made anew; the port stays.
     with(&mut overlay, &["--workers=1", "--offload=false"]);
-    assert!(overlay.daemons[0].log().contains("does not fit: --offload is another now"));
+    assert!(
+        overlay.daemons[0]
+            .log()
+            .contains("does not fit: --offload is another now")
+    );
     assert_eq!(names(&overlay), [queue, socket]);
     assert_ne!(index(&ns), before);
     assert!(ns.ip("-br link").unwrap().contains("flannel0"));

@@ -370,7 +370,12 @@ impl Backend for Udp {
         let sockets = if external.address == self.external.address {
             None
         } else {
-            Some(udp_sockets::bind_on(external, &self.configuration, self.workers, Vec::new())?)
+            Some(udp_sockets::bind_on(
+                external,
+                &self.configuration,
+                self.workers,
+                Vec::new(),
+            )?)
         };
         if mtu != self.mtu
             && let Some(device) = &mut self.device
@@ -524,15 +529,7 @@ impl Udp {
         if let Some(device) = &self.device {
             let mut kernel = Kernel::open()?;
             let name = &device.tun.name;
-            if udp_device::put_right(
-                &mut kernel,
-                device.index,
-                name,
-                self.mtu,
-                network,
-                own,
-                &self.repairs,
-            )? {
+            if udp_device::put_right(&mut kernel, device.index, name, self.mtu, network, own, &self.repairs)? {
                 return self.start_engine();
             }
             if let Some(left) = LIFETIME.checked_sub(device.since.elapsed()) {

@@ -116,5 +116,7 @@ impl Doors {
 }
 
 fn opened<T>(opened: Result<T, socket::OpenError>, what_for: &str) -> Option<T> {
-    opened.inspect_err(|error| warn!("{error}; {what_for} will not work")).ok()
+    opened
+        .inspect_err(|error| warn!("{error}; {what_for} will not work"))
+        .ok()
 }

@@ -16,6 +16,7 @@ pub mod io;
 pub mod peers;
 mod rate_limit;
 mod refusal;
+mod shared;
 pub mod snapshot;
 pub mod worker;
 
@@ -229,7 +230,11 @@ impl Observer {
         let workers = sockets.iter().enumerate().map(|(index, sockets)| {
             let counters = Counters::default();
             let mut overflow = 0;
-            for (_, before) in before.iter().enumerate().filter(|(number, _)| (*number).min(last) == index) {
+            for (_, before) in before
+                .iter()
+                .enumerate()
+                .filter(|(number, _)| (*number).min(last) == index)
+            {
                 counters.add(before);
                 overflow += before.socket_overflow;
             }
@@ -276,9 +281,10 @@ impl Observer {
 
     /// What the engine has done so far. No worker waits for it.
     pub fn snapshot(&self) -> Snapshot {
-        let workers = self.workers.iter().map(|worker| {
-            WorkerSnapshot::of(&worker.counters, worker.overflow_before + worker.overflow())
-        });
+        let workers = self
+            .workers
+            .iter()
+            .map(|worker| WorkerSnapshot::of(&worker.counters, worker.overflow_before + worker.overflow()));
         let merge = self.fallbacks.limit(crate::offload::Merge {
             tcp: self.offloads.tun_tcp,
             udp: self.offloads.tun_udp,
