@@ -151,8 +151,8 @@ pub(crate) struct Daemon {
     ns: Namespace,
     dir: PathBuf,
     flags: Vec<String>,
-    /// Whether the kernel refuses io_uring to it.
-    without_io_uring: bool,
+    /// System calls that the kernel refuses to it.
+    refused: Vec<libc::c_long>,
     /// A program that runs it, with its arguments.
     under: Vec<String>,
     runs: usize,
@@ -181,7 +181,7 @@ impl Daemon {
             ns: host.ns().clone(),
             dir: lab.dir().to_owned(),
             flags,
-            without_io_uring: false,
+            refused: Vec::new(),
             under: Vec::new(),
             runs: 0,
             process: None,
@@ -200,7 +200,7 @@ impl Daemon {
             ns: self.ns.clone(),
             dir: self.dir.clone(),
             flags,
-            without_io_uring: false,
+            refused: Vec::new(),
             under: Vec::new(),
             runs: 0,
             process: None,
@@ -240,8 +240,13 @@ impl Daemon {
     }
 
     /// With a kernel that refuses io_uring to it.
-    pub(crate) fn without_io_uring(mut self) -> Daemon {
-        self.without_io_uring = true;
+    pub(crate) fn without_io_uring(self) -> Daemon {
+        self.refused(libc::SYS_io_uring_setup)
+    }
+
+    /// With a kernel that refuses it this system call.
+    pub(crate) fn refused(mut self, call: libc::c_long) -> Daemon {
+        self.refused.push(call);
         self
     }
 
@@ -283,8 +288,8 @@ impl Daemon {
             command.env("NOTIFY_SOCKET", socket);
             self.notify = Some(notify);
         }
-        if self.without_io_uring {
-            seccomp::refuse_io_uring(&mut command);
+        for call in &self.refused {
+            seccomp::refuse(&mut command, *call);
         }
         let log = self.dir.join(format!("{}.{}.log", self.name, self.runs));
         self.process = Some(Process::spawn(&self.name, command, &log).unwrap());
