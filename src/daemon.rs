@@ -5,10 +5,12 @@
 //! file, say that we are ready; then follow the leases, the kernel and the external interface until a signal comes, this
 //! host's subnet or PublicIP is another host's. SIGTERM and SIGINT end it at any point.
 //!
+//! The `udp` backend carries packets [earlier](early) where an earlier run is remembered, since its device went with that run.
 //! Where the registry does not answer, what an earlier run has [remembered] takes the place of configuration, claim and lease.
 
 mod blackhole;
 mod doors;
+mod early;
 mod pace;
 mod remembered;
 mod succession;
@@ -67,6 +69,7 @@ use crate::{
 
 use blackhole::Blackhole;
 use doors::Doors;
+use early::Early;
 use pace::{Look, Pace};
 use remembered::{Beginning, Unverified};
 use succession::Stage;
@@ -246,6 +249,13 @@ async fn serve(
         external.name, external.address, external.mtu, external.public_ip
     );
     board.external(&external);
+    let previous = previous(settings);
+    let (failures, mut failed) = mpsc::unbounded_channel();
+    let early = match before {
+        None => Early::begin(settings, &external, &previous, &mut left, &failures),
+        // That one carries the packets.
+        Some(_) => None,
+    };
     board.waiting_for("the network's configuration");
     let Beginning {
         network,
@@ -258,12 +268,19 @@ async fn serve(
     let begun_with = network.clone();
     warn_of_overlap(&network, &external);
     let mechanism = Mechanism::choose(&settings.rules, &network).await?;
-    let previous = previous(settings);
     // Before anything is looked at: what changes from then on is told.
     let mut monitor = Monitor::open().map_err(Error::Monitor)?;
-    let (failures, mut failed) = mpsc::unbounded_channel();
     let overlays = Overlays::new(&network, &previous).ok_or(backend::Error::NoIpv4(network.backend().kind()))?;
-    let mut backend = backend_of(&network, &external, &overlays, settings, left, failures)?;
+    let (mut backend, mut begun) = match early {
+        Some(early) if early.network == network => (early.backend, Some(early.lease)),
+        other => {
+            if let Some(early) = other {
+                left = early::what_is_left(early.backend);
+            }
+            let backend = backend_of(&network, &external, &overlays, settings, left, failures.clone())?;
+            (backend, None)
+        }
+    };
     let value = LeaseValue {
         public_ipv6: settings.public_ipv6,
         backend_type: backend.kind().into(),
@@ -306,8 +323,14 @@ async fn serve(
     };
     board.lease(&own.lease, own.left, settings.renew_margin);
     warn_of_renumbering(settings, &previous, &own);
+    if begun.take_if(|begun| begun.subnets != own.lease.subnets).is_some() {
+        left = early::what_is_left(backend);
+        backend = backend_of(&network, &external, &overlays, settings, left, failures)?;
+    }
     leftovers::remove(&mut kernel, &overlays, network.backend())?;
-    backend.start(&network, &own.lease)?;
+    if begun.is_none() {
+        backend.start(&network, &own.lease)?;
+    }
     let dropped = if settings.blackhole_route {
         own.lease.subnets.nets().collect()
     } else {
