@@ -202,8 +202,11 @@ pub async fn run(mut settings: Settings) -> Result<(), Error> {
         return Ok(());
     }
     supervisor.borrow().tell_stopping();
-    if let Err(Error::Revoked(_) | Error::Claim(_) | Error::Reconfigured) = outcome {
-        // The next start must not begin with what was just found to be another host's, or not so any more.
+    if let Err(Error::Revoked(_) | Error::Claim(_) | Error::Reconfigured) = outcome
+        && board.has_lease()
+    {
+        // The next start must not begin with what was just found to be another host's, or not so any more. What a daemon that
+        // was started twice finds there is the other one's.
         settings.memory.forget();
     }
     // An unreachable registry forgets the claims by itself.
