@@ -24,6 +24,7 @@ use flannel::{
     },
     network::{self, BackendKind, Network},
     registry::Revision,
+    sandbox::Sandbox,
 };
 use nix::unistd::Uid;
 use tokio::sync::mpsc;
@@ -73,12 +74,14 @@ impl Member {
                 public_ip: host.ip(),
             };
             let (failures, _) = mpsc::unbounded_channel();
+            let left = Descriptors::default();
             let mut backend = Udp::new(
                 &external,
                 network::Udp::default(),
                 options,
-                Descriptors::default(),
+                left,
                 failures,
+                Sandbox::default(),
             )
             .unwrap();
             backend.start(&network, &lease).unwrap();

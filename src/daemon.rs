@@ -62,6 +62,7 @@ use crate::{
     observe::{self, board::Board, health, outage::Outage, registry::Observed},
     registry::Registry,
     rules::{self, Keeper, Mechanism},
+    sandbox::{Needs, Sandbox},
     subnet_file::{Previous, Share, SubnetFile, WriteError},
     supervisor::Supervisor,
 };
@@ -112,6 +113,8 @@ pub struct Settings {
     pub udp: udp::Options,
     /// Whether to go on in the place of the running daemon.
     pub handover: bool,
+    /// What the daemon has given up already, and will.
+    pub sandbox: Sandbox,
 }
 
 /// Why a run ended by itself.
@@ -183,6 +186,7 @@ enum End {
 /// What the daemon cannot mend by waiting. An unreachable registry or a missing configuration is not among them.
 pub async fn run(mut settings: Settings) -> Result<(), Error> {
     let board = Board::new(settings.registry.describe());
+    board.sandbox(settings.sandbox.clone());
     settings.registry = Arc::new(Observed::new(settings.registry, board.clone()));
     let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signal)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signal)?;
@@ -594,6 +598,7 @@ impl Run<'_> {
                     return;
                 }
                 self.ready = true;
+                self.settings.sandbox.settle(self.needs());
                 self.board.ready();
                 self.supervisor.borrow().tell_ready();
                 let subnets = self.lease.subnets.to_cidrs();
@@ -608,6 +613,19 @@ impl Run<'_> {
         // The udp backend's device goes with it; routes in the kernel would stay.
         if let Err(error) = self.backend.apply(&PeerSet::new()) {
             warn!("{error}; packets may still leave with addresses of a subnet that is another host's");
+        }
+    }
+
+    /// What serving takes from now on, as far as it differs.
+    fn needs(&self) -> Needs {
+        let udp = match self.network.backend() {
+            network::Backend::Udp(udp) => Some(udp),
+            _ => None,
+        };
+        Needs {
+            raw_sockets: udp.is_some() || rules::may_ask_by_raw_socket(),
+            port: udp.map(|udp| udp.port),
+            io_uring: udp.is_some() && self.settings.udp.io == udp::IoMode::Uring,
         }
     }
 
@@ -638,6 +656,7 @@ impl Run<'_> {
             self.keep_file();
         }
         self.blackhole.keep(&mut self.kernel);
+        self.settings.sandbox.tell_of_refusals();
         self.apply()?;
         self.pace.looked(look, Instant::now());
         Ok(news)
@@ -886,7 +905,17 @@ fn backend_of(
         return Err(backend::Error::DualStack(kind));
     }
     Ok(match network.backend() {
-        network::Backend::Udp(udp) => Box::new(udp::Udp::new(external, udp.clone(), settings.udp, left, failures)?),
+        network::Backend::Udp(udp) => {
+            let sandbox = settings.sandbox.clone();
+            Box::new(udp::Udp::new(
+                external,
+                udp.clone(),
+                settings.udp,
+                left,
+                failures,
+                sandbox,
+            )?)
+        }
         network::Backend::Vxlan(vxlan) => Box::new(Vxlan::new(external, vxlan.clone(), overlays)?),
         network::Backend::HostGw => Box::new(HostGw::new(external, overlays)?),
     })

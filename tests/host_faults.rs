@@ -239,7 +239,11 @@ fn a_daemon_without_a_free_descriptor_carries_packets_and_recovers() {
     server.restart();
     trial.over_without_loss();
 
+    // And what has to be made anew waits for descriptors.
+    by_hand(&ns, "ip link del flannel0");
+    daemon.wait_for_log("flannel0 was removed");
     limit_to(1_024);
+    assert_reaches(&one.ns, two.ip);
     drop(waiting);
     wait_for_status(daemon, "etcd to be there again", |status| {
         status.registry.connected.then_some(())
@@ -439,11 +443,11 @@ fn a_daemon_that_is_stopped_for_long_goes_on_with_its_lease_its_claim_and_its_co
     });
     let bystander = Trial::start("another host's daemon is stopped", two, three);
     overlay.daemons[0].process().signal(Signal::SIGSTOP);
+    bystander.over_without_loss();
     // Not an event that is waited for: the fault's own length.
     thread::sleep(lasts);
     overlay.daemons[0].process().signal(Signal::SIGCONT);
     trials.into_iter().for_each(|trial| drop(trial.over()));
-    bystander.over_without_loss();
     let claim = format!("/coreos.com/network/hosts/{}", overlay.hosts[0].ip());
     wait_until(PATIENCE, "the claim to be there", || {
         server.etcdctl(&["get", "--keys-only", &claim]).contains(&claim)

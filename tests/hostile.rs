@@ -13,7 +13,7 @@ use lab::{
     new_lab,
     pour::{PREFIX, pour},
     programmed::{Programmed, mac},
-    vitals::Vitals,
+    vitals::{Drops, Vitals, assert_accounted},
 };
 
 /// How much memory a daemon of the debug build may take when it is given all of this; some 25 MiB without.
@@ -145,6 +145,14 @@ fn hostile_vxlan(own_mac: &str) -> Vec<(String, String, String)> {
         .collect()
 }
 
+/// Waits until somebody says of the claim to the first host's MAC whose it is.
+fn assert_keeps_its_mac(daemon: &Daemon, own_mac: &str, own: &str) {
+    let line = daemon.wait_for_log(&format!(
+        "10.5.210.0/24 at 192.168.77.66: its VtepMAC {own_mac} is that of {own}"
+    ));
+    assert!(line.contains("the older"), "{line}");
+}
+
 fn warnings(daemon: &Daemon) -> usize {
     daemon.log().lines().filter(|line| line.contains("WARN")).count()
 }
@@ -170,6 +178,7 @@ fn hostile_data_harms_nobody(name: &str, backend: &str, junk: usize) {
         .map(Vitals::of)
         .max_by_key(|vitals| vitals.peak)
         .unwrap();
+    let drops = Drops::so_far(&overlay, &[0, 1]);
     let flows = Flows::start(&overlay.containers[0], &overlay.containers[1]);
     let begun = Instant::now();
 
@@ -231,7 +240,14 @@ fn hostile_data_harms_nobody(name: &str, backend: &str, junk: usize) {
     for other in &overlay.containers {
         assert_reaches(&container.ns, other.ip);
     }
-    flows.finish_without_loss();
+    let report = flows.finish();
+    assert_accounted(name, &report, &Drops::so_far(&overlay, &[0, 1]).since(&drops));
+    if backend == "vxlan" {
+        let own_mac = mac(overlay.hosts[0].ns(), device);
+        for other in &overlay.daemons[1..] {
+            assert_keeps_its_mac(other, &own_mac, &own);
+        }
+    }
 
     let minutes = begun.elapsed().as_secs() as usize / 60 + 1;
     for daemon in &mut overlay.daemons {

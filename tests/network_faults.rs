@@ -6,6 +6,7 @@ mod lab;
 use flannel::{
     lab::{Container, HostOptions, Segment, wait_until},
     observe::status::Status,
+    sys::uring,
 };
 use lab::{
     CONFIG, Daemon, Overlay, PATIENCE, Registry, assert_loses, assert_reaches,
@@ -15,11 +16,11 @@ use lab::{
         try_for_status, wait_for_status,
     },
     flow::Flows,
-    inside, new_lab,
+    inside, new_lab, not_tested,
     original::public_ip,
     ping,
     plain_peer::free_subnet,
-    programmed::{by_hand, readdress},
+    programmed::{by_hand, plug_in, readdress, unplug},
     relay::{Mischief, Relay},
     stream::Stream,
     traffic::{Burst, new_port, transfer},
@@ -179,6 +180,27 @@ fn a_default_route_that_moves_costs_nothing() {
 }
 
 #[test]
+fn an_external_interface_that_is_made_again_is_waited_for_and_connections_hold() {
+    let mut overlay = hosts_in("nf_unplug", &[Segment::First; 2], &[]);
+    let [one, two] = &overlay.containers[..] else {
+        unreachable!()
+    };
+    let trials = [(one, two), (two, one)].map(|(from, to)| {
+        let what = format!(
+            "the external interface of h1 is taken out and put in again, {} sends",
+            from.name
+        );
+        Trial::start(&what, from, to)
+    });
+    unplug(&overlay, 0);
+    overlay.daemons[0].wait_for_log("interface eth0 is gone");
+    plug_in(&overlay, 0);
+    trials.into_iter().for_each(|trial| drop(trial.over()));
+    overlay.daemons[0].wait_for_log("following the external interface works again");
+    overlay.daemons.iter_mut().for_each(Daemon::assert_running);
+}
+
+#[test]
 fn a_peer_that_comes_back_with_another_public_ip_and_its_subnet_takes_its_connections_along() {
     let mut overlay = hosts_in("nf_reboot", &[Segment::First; 3], &[]);
     let subnet = overlay.subnet(1);
@@ -216,11 +238,11 @@ fn connections_outlive_a_partition() {
     let bystander = Trial::start("another host is cut off", one, three);
     // Without a word: the link stays up.
     by_hand(switch, "ip link set p2 nomaster");
+    bystander.over_without_loss();
     // Not an event that is waited for: the fault's own length.
     thread::sleep(lasts);
     by_hand(switch, "ip link set p2 master br0");
     across.into_iter().for_each(|trial| drop(trial.over()));
-    bystander.over_without_loss();
     overlay.daemons.iter_mut().for_each(Daemon::assert_running);
     wait_for_status(&overlay.daemons[1], "etcd to be there again", |status| {
         status.registry.connected.then_some(())
@@ -309,6 +331,14 @@ fn loss_doubles_and_disorder_pass_as_they_are_and_corrupt_nothing() {
 #[test]
 fn loss_doubles_and_disorder_corrupt_nothing_on_the_plain_path() {
     a_bad_network_changes_nothing("nf_bad_plain", &["--tun=plain", "--offload=false"]);
+}
+
+#[test]
+fn loss_doubles_and_disorder_corrupt_nothing_with_io_uring() {
+    match uring::probe() {
+        Ok(()) => a_bad_network_changes_nothing("nf_bad_uring", &["--io=uring"]),
+        Err(refused) => not_tested(&format!("a bad network under io_uring: {refused}")),
+    }
 }
 
 /// Lets TCP transfers run both ways, one after the other, while `change` is made.

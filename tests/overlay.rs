@@ -311,7 +311,7 @@ fn peers_come_move_and_go_while_packets_flow() {
     let again = overlay.daemons[1].wait_ready().subnet;
     assert_eq!(again, subnet, "the subnet file's subnet is free: it is taken again");
     assert_reaches(&c1.ns, c2.ip);
-    overlay.daemons[0].wait_for_log("at 192.168.77.99");
+    overlay.daemons[0].wait_for_log("192.168.77.99");
 
     let report = bystander.finish();
     assert_eq!(

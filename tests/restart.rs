@@ -66,7 +66,7 @@ impl BothWays {
 
     /// Ends them; the datagrams that were lost, and how many were sent. The connections must have held.
     fn lost(self) -> (usize, u64) {
-        let reports = self.0.map(Flows::report);
+        let reports = self.0.map(Flows::finish);
         let lost = reports.iter().map(|report| report.lost.len()).sum();
         (lost, reports.iter().map(|report| report.sent).sum())
     }

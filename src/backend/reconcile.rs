@@ -100,14 +100,14 @@ impl Desired {
     /// A peer that is reached through the VXLAN device `link`, as the original does it: the subnet lies behind an imagined
     /// gateway with the subnet's own address, whose MAC is that of the peer's device.
     ///
-    /// A MAC has one place: of two peers that claim it, the one whose lease is the younger is believed. It may be one host,
-    /// which has come back with another subnet.
+    /// A MAC has one place: of two peers that claim it, the one whose lease is the older is believed, so that nobody takes a
+    /// peer's packets by claiming its MAC.
     pub fn tunnel(&mut self, subnet: IpNet, mac: Mac, peer: IpAddr, age: Revision, link: u32) {
         let to = subnet.trunc();
         let gateway = to.network();
         let entry = FdbEntry { link, mac, to: peer };
         let claim = self.fdb.entry(mac).or_insert(Claim { entry, age });
-        if claim.age <= age {
+        if age < claim.age {
             *claim = Claim { entry, age };
         }
         self.neighbours.insert(
@@ -708,9 +708,9 @@ mod tests {
     }
 
     #[test]
-    fn of_two_peers_with_one_mac_the_younger_is_believed() {
+    fn of_two_peers_with_one_mac_the_older_is_believed() {
         let ips: [IpAddr; 2] = ["192.0.2.1", "192.0.2.2"].map(|ip| ip.parse().unwrap());
-        for (ages, believed) in [([1, 2], ips[1]), ([2, 1], ips[0])] {
+        for (ages, believed) in [([1, 2], ips[0]), ([2, 1], ips[1])] {
             let mut desired = Desired::default();
             for number in [0, 1] {
                 let age = Revision(ages[number]);

@@ -261,7 +261,7 @@ impl Vxlan {
             &nowhere
         };
         let mut desired = Desired::default();
-        let mut claimed: HashMap<Mac, (IpNet, IpAddr)> = HashMap::new();
+        let mut tunnels = Vec::new();
         for lease in peers.values() {
             let (subnet, host) = (IpNet::V4(lease.subnets.v4()), IpAddr::V4(lease.value.public_ip));
             if !self.overlays.current.contains(&subnet) {
@@ -278,21 +278,26 @@ impl Vxlan {
                 continue;
             }
             match vtep(lease.value.backend_data.as_ref(), self.configuration.vni, self.mac) {
-                Ok(mac) => {
-                    let (other, elsewhere) = *claimed.entry(mac).or_insert((subnet, host));
-                    if elsewhere != host {
-                        self.complaints.say(&format!(
-                            "the peers {other} at {elsewhere} and {subnet} at {host} have one VtepMAC, {mac}: packets to both go to \
-                             the host whose lease is the younger. If one of the leases is left over, release it (`flanneld leases \
-                             release`); if both hosts live, remove the VXLAN device on one and start flanneld again there"
-                        ));
-                    }
-                    desired.tunnel(subnet, mac, host, lease.revision, device);
-                }
+                Ok(mac) => tunnels.push((subnet, mac, host, lease.revision)),
                 Err(reason) => {
                     self.complaints
                         .say(&format!("skipping peer {subnet} at {host}: {reason}"));
                 }
+            }
+        }
+        // A MAC is where the older lease says, so that nobody takes a peer's packets by claiming its MAC.
+        tunnels.sort_unstable_by_key(|(_, _, _, age)| *age);
+        let mut places: HashMap<Mac, (IpNet, IpAddr)> = HashMap::new();
+        for (subnet, mac, host, age) in tunnels {
+            let (other, there) = *places.entry(mac).or_insert((subnet, host));
+            if there == host {
+                desired.tunnel(subnet, mac, host, age, device);
+            } else {
+                self.complaints.say(&format!(
+                    "skipping peer {subnet} at {host}: its VtepMAC {mac} is that of {other} at {there}, whose lease is the older. If \
+                     that one is left over, release it (`flanneld leases release {other}`); if both hosts live, remove the VXLAN \
+                     device on one and start flanneld again there"
+                ));
             }
         }
         Ok(self.programming.make(&desired)?)

@@ -81,7 +81,7 @@ pub enum LeasesError {
     /// Somebody else has it, or a part of it.
     #[error(
         "cannot reserve {subnets} for {public_ip}: {other} is in its way; `flanneld leases release {key}` takes that from \
-         its host"
+         its host, once its daemon is stopped"
     )]
     Taken {
         /// What was to be reserved.
@@ -359,8 +359,7 @@ async fn release(subnet: &str, registry: &dyn Registry) -> Result<String, Leases
     };
     Ok(format!(
         "released {shown}, which was {was} {host}\n\
-         note: if a daemon runs there, it notices and ends; started again, it leases a subnet anew (this one, if it is \
-         still free)\n"
+         note: a daemon that runs there takes it again at once: to give it to another host, stop it first\n"
     ))
 }
 

@@ -10,14 +10,18 @@ use super::{Error, Settings, configuration};
 use crate::{
     lease::remembered::{Origin, Remembered},
     network::{self, CONFIG_KEY, LoadError, Network, Parsed},
-    observe::{board::Board, outage::Outage},
+    observe::board::Board,
     registry::Registry,
 };
 
-/// How long the registry is waited for before the start goes on from what was last known: an etcd that elects a leader, or is
-/// started together with this daemon, takes 2 s, and packets wait all the while. Nothing is lost when it answers later: what is
-/// known then is what was remembered, or is put right.
-const PATIENCE: Duration = Duration::from_secs(3);
+/// How long the registry is waited for before the start goes on from what was last known. A healthy one answers in milliseconds,
+/// and packets wait all the while. Nothing is lost when one that is slow, or elects a leader, answers a moment later: what it
+/// says then is what was remembered, or is put right.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// How often the registry is asked whether the configuration is still the same, until it answers: as often as it is asked for
+/// everything else.
+const RETRY: Duration = Duration::from_secs(5);
 
 /// What a run begins with.
 pub(super) struct Beginning {
@@ -79,9 +83,10 @@ impl Unverified {
     /// Says so, on the board too.
     pub(super) fn begin(registry: &dyn Registry, remembered: &Remembered, board: &Board) -> Self {
         let text = format!(
-            "started from the leases as they were {:.0?} ago, because {} did not answer",
+            "started from the leases as they were {:.0?} ago, because {} did not answer within {:.0?}",
             remembered.age,
-            registry.describe()
+            registry.describe(),
+            PATIENCE
         );
         warn!(
             "{text}: subnet {}, {} peers. Packets flow; other hosts' changes are seen, and this host's lease is renewed, once it \
@@ -112,7 +117,6 @@ impl Unverified {
 /// # Errors
 /// It is another one.
 pub(super) async fn still_configured(registry: &dyn Registry, network: &Network) -> Result<(), Error> {
-    let mut outage = Outage::of("looking whether the network's configuration is still the same");
     loop {
         match network::load(registry).await {
             Ok(parsed) if parsed.network == *network => return Ok(()),
@@ -122,7 +126,8 @@ pub(super) async fn still_configured(registry: &dyn Registry, network: &Network)
                 warn!("{wrong}; going on with the one that was remembered");
                 return Ok(());
             }
-            Err(LoadError::Registry(error)) => sleep(outage.failed(&error.to_string())).await,
+            // Of that the watch of the leases tells.
+            Err(LoadError::Registry(_)) => sleep(RETRY).await,
         }
     }
 }

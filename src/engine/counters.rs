@@ -256,6 +256,12 @@ pub enum Drop {
     NoRoute,
     /// The time to live ran out here.
     TtlExpired,
+    /// It was about to leave with an address that no single host elsewhere has.
+    Martian,
+    /// It was about to leave for a group.
+    Multicast,
+    /// It was about to leave for all hosts of a subnet.
+    Broadcast,
     /// The datagram came from no peer's address.
     UnknownPeer,
     /// The packet's source is not in the subnet of the peer that sent it, or its destination not in this host's.
@@ -270,10 +276,13 @@ pub enum Drop {
 
 impl Drop {
     /// All reasons, in the order of their counters.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 11] = [
         Self::Malformed,
         Self::NoRoute,
         Self::TtlExpired,
+        Self::Martian,
+        Self::Multicast,
+        Self::Broadcast,
         Self::UnknownPeer,
         Self::Spoofed,
         Self::QueueFull,
@@ -292,6 +301,9 @@ impl Drop {
             Self::Malformed => "malformed",
             Self::NoRoute => "no_route",
             Self::TtlExpired => "ttl_expired",
+            Self::Martian => "martian",
+            Self::Multicast => "multicast",
+            Self::Broadcast => "broadcast",
             Self::UnknownPeer => "unknown_peer",
             Self::Spoofed => "spoofed",
             Self::QueueFull => "queue_full",

@@ -242,7 +242,12 @@ impl EtcdRegistry {
                 }
             }
         };
-        self.call(("getting an etcd lease for", key), Repeat::Yes, grant).await
+        let granted = self.call(("getting an etcd lease for", key), Repeat::Yes, grant).await;
+        if let Err(Error::Unavailable { .. }) = granted {
+            // Only the answer may have been lost.
+            self.left_over().push(id);
+        }
+        granted
     }
 
     /// Ends an etcd lease that nothing is to hang on any more; if no server can be reached, at the next chance.

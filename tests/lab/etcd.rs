@@ -127,18 +127,35 @@ impl EtcdServer {
 
     /// A cluster of `count` servers on loopback; ready when this returns.
     pub(crate) fn start_cluster(count: usize) -> Vec<EtcdServer> {
-        let mut options: Vec<EtcdOptions> = (0..count).map(|_| EtcdOptions::default()).collect();
+        EtcdServer::start_cluster_of((0..count).map(|_| EtcdOptions::default()).collect())
+    }
+
+    /// A cluster of servers as `options` say, each at an address or port of its own; ready when this returns.
+    pub(crate) fn start_cluster_of(mut options: Vec<EtcdOptions>) -> Vec<EtcdServer> {
         let peers: Vec<String> = options.iter().map(EtcdOptions::peer_url).collect();
         for (number, options) in options.iter_mut().enumerate() {
             options.members = Some((peers.clone(), number));
         }
         let mut servers: Vec<EtcdServer> = options.into_iter().map(EtcdServer::new).collect();
+        EtcdServer::restart_cluster(&mut servers);
+        servers
+    }
+
+    /// Starts all servers of a cluster, again if they ran before; ready when this returns.
+    pub(crate) fn restart_cluster(servers: &mut [EtcdServer]) {
+        servers.iter_mut().for_each(EtcdServer::kill);
         // None is ready before most of them run.
         let waits: Vec<_> = servers.iter_mut().map(EtcdServer::spawn).collect();
         for (server, ready) in servers.iter().zip(waits) {
             server.wait_until_ready(&ready);
         }
-        servers
+    }
+
+    /// Ends the server at once, and starts it again without any of its data; ready when this returns.
+    pub(crate) fn restart_empty(&mut self) {
+        self.kill();
+        fs::remove_dir_all(self.data.join("etcd")).unwrap();
+        self.restart();
     }
 
     fn new(options: EtcdOptions) -> EtcdServer {
@@ -189,6 +206,12 @@ impl EtcdServer {
     /// # Panics
     /// When it fails.
     pub(crate) fn etcdctl(&self, arguments: &[&str]) -> String {
+        self.try_etcdctl(arguments)
+            .unwrap_or_else(|said| panic!("etcdctl {arguments:?}: {said}"))
+    }
+
+    /// As [`EtcdServer::etcdctl`], where it may fail: a cluster that elects a leader refuses. What it says then.
+    pub(crate) fn try_etcdctl(&self, arguments: &[&str]) -> Result<String, String> {
         let output = self
             .options
             .command("etcdctl")
@@ -203,8 +226,11 @@ impl EtcdServer {
             String::from_utf8_lossy(&output.stdout),
             String::from_utf8_lossy(&output.stderr),
         );
-        assert!(output.status.success(), "etcdctl {arguments:?}: {stderr}{stdout}");
-        stdout.into_owned()
+        if output.status.success() {
+            Ok(stdout.into_owned())
+        } else {
+            Err(format!("{stderr}{stdout}"))
+        }
     }
 
     /// Arguments that all later calls of etcdctl get, such as `--user root:secret`.

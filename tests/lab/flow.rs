@@ -46,15 +46,8 @@ impl Flows {
         &self.udp
     }
 
-    /// Ends them, and fails the test if the connection did not hold; datagrams may have been lost.
+    /// Ends them, and fails the test if the connection did not hold; datagrams may have been lost: what came of them.
     pub(crate) fn finish(self) -> Report {
-        let report = self.udp.finish();
-        self.tcp.finish();
-        report
-    }
-
-    /// As [`Flows::finish`]; what came of the datagrams.
-    pub(crate) fn report(self) -> Report {
         let report = self.udp.finish();
         self.tcp.finish();
         report

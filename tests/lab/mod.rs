@@ -12,7 +12,9 @@ pub(crate) mod original;
 pub(crate) mod pair;
 pub(crate) mod plain_peer;
 pub(crate) mod pour;
+pub(crate) mod probe;
 pub(crate) mod programmed;
+pub(crate) mod proxy;
 pub(crate) mod relay;
 pub(crate) mod seccomp;
 pub(crate) mod stream;
@@ -149,8 +151,8 @@ pub(crate) struct Daemon {
     ns: Namespace,
     dir: PathBuf,
     flags: Vec<String>,
-    /// Whether the kernel refuses io_uring to it.
-    without_io_uring: bool,
+    /// System calls that the kernel refuses to it.
+    refused: Vec<libc::c_long>,
     /// A program that runs it, with its arguments.
     under: Vec<String>,
     runs: usize,
@@ -181,7 +183,7 @@ impl Daemon {
             ns: host.ns().clone(),
             dir: lab.dir().to_owned(),
             flags,
-            without_io_uring: false,
+            refused: Vec::new(),
             under: Vec::new(),
             runs: 0,
             process: None,
@@ -201,7 +203,7 @@ impl Daemon {
             ns: self.ns.clone(),
             dir: self.dir.clone(),
             flags,
-            without_io_uring: false,
+            refused: Vec::new(),
             under: Vec::new(),
             runs: 0,
             process: None,
@@ -248,8 +250,13 @@ impl Daemon {
     }
 
     /// With a kernel that refuses io_uring to it.
-    pub(crate) fn without_io_uring(mut self) -> Daemon {
-        self.without_io_uring = true;
+    pub(crate) fn without_io_uring(self) -> Daemon {
+        self.refused(libc::SYS_io_uring_setup)
+    }
+
+    /// With a kernel that refuses it this system call.
+    pub(crate) fn refused(mut self, call: libc::c_long) -> Daemon {
+        self.refused.push(call);
         self
     }
 
@@ -293,8 +300,8 @@ impl Daemon {
             command.env("NOTIFY_SOCKET", socket);
             self.notify = Some(notify);
         }
-        if self.without_io_uring {
-            seccomp::refuse_io_uring(&mut command);
+        for call in &self.refused {
+            seccomp::refuse(&mut command, *call);
         }
         let log = self.dir.join(format!("{}.{}.log", self.name, self.runs));
         self.process = Some(Process::spawn(&self.name, command, &log).unwrap());
@@ -351,6 +358,22 @@ impl Daemon {
     /// Where it can be asked to hand over.
     pub(crate) fn handover_socket(&self) -> PathBuf {
         self.subnet_file().with_extension("handover")
+    }
+
+    /// Where it remembers what it knows.
+    pub(crate) fn state_file(&self) -> PathBuf {
+        self.subnet_file().with_extension("state")
+    }
+
+    /// Waits until it remembers this many peers.
+    pub(crate) fn wait_until_remembered(&self, peers: usize) {
+        let what = format!("{} to remember {peers} peers", self.name);
+        wait_until(PATIENCE, &what, || {
+            let text = fs::read_to_string(self.state_file()).unwrap_or_default();
+            let state: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+            state["Peers"].as_array().is_some_and(|known| known.len() == peers)
+        })
+        .unwrap();
     }
 
     /// The process of the run under way.

@@ -61,6 +61,11 @@ struct Arrivals {
 impl Stream {
     /// Sends a datagram each `interval` from one container to another, until [`Stream::finish`].
     pub(crate) fn start(from: &Container, to: &Container, interval: Duration) -> Stream {
+        Stream::start_long(from, to, interval, size_of::<u64>())
+    }
+
+    /// As [`Stream::start`], with datagrams of `length` bytes, of which all but the first eight are zeroes.
+    pub(crate) fn start_long(from: &Container, to: &Container, interval: Duration, length: usize) -> Stream {
         let receiving = inside(&to.ns, || UdpSocket::bind((to.ip, PORT))).unwrap();
         receiving.set_read_timeout(Some(QUIET)).unwrap();
         setsockopt(&receiving, RcvBufForce, &BUFFER_BYTES).unwrap();
@@ -71,9 +76,11 @@ impl Stream {
         let (target, stop_sending, stop_receiving) = ((to.ip, PORT), Arc::clone(&stop), Arc::clone(&stop));
         let sender = thread::spawn(move || {
             let (start, mut sent) = (Instant::now(), 0_u64);
+            let mut datagram = vec![0; length];
             while !stop_sending.load(Ordering::Relaxed) {
                 // An error is one that came back by ICMP for an earlier datagram, or no route: this one is lost.
-                let _ = sending.send_to(&sent.to_be_bytes(), target);
+                datagram[..size_of::<u64>()].copy_from_slice(&sent.to_be_bytes());
+                let _ = sending.send_to(&datagram, target);
                 sent += 1;
                 counting_sent.store(sent, Ordering::Relaxed);
                 // By the clock, so that a late wake-up does not slow the stream down.

@@ -1,7 +1,10 @@
 //! What a daemon takes of its machine, as `/proc` shows it, and what it says of itself.
 
-use super::{Daemon, Overlay, flanneld};
-use flannel::observe::status::{Engine, Status};
+use super::{Daemon, Overlay, flanneld, output_of, stream::Report};
+use flannel::{
+    lab::Namespace,
+    observe::status::{Engine, Status},
+};
 use std::{fs, time::Duration};
 
 /// A process at one moment.
@@ -67,11 +70,83 @@ pub(crate) fn engine(status: &Status) -> Option<&Engine> {
     status.backend.as_ref()?.engine.as_ref()
 }
 
-/// Packets that the engine, or the kernel on its behalf, has dropped and counted.
-pub(crate) fn counted_drops(engine: &Engine) -> u64 {
+/// Packets that were dropped and counted: by the daemons' engines, and by the kernel where they were queued.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Drops {
+    /// By the engines, by the queues of their devices and by their sockets.
+    pub(crate) engines: u64,
+    /// By sockets in the containers that were full.
+    pub(crate) containers: u64,
+    /// By the backlogs of the machine's processors, where packets go from one namespace to another (softnet_data, net/core/dev.c).
+    pub(crate) backlogs: u64,
+}
+
+impl Drops {
+    /// So far, of the daemons of these hosts and of all containers.
+    pub(crate) fn so_far(overlay: &Overlay, hosts: &[usize]) -> Drops {
+        let engines = hosts
+            .iter()
+            .filter_map(|&host| engine(&status(overlay, host)).map(dropped));
+        let sockets = overlay.containers.iter().map(|container| receive_errors(&container.ns));
+        Drops {
+            engines: engines.sum(),
+            containers: sockets.sum(),
+            backlogs: backlog_drops(),
+        }
+    }
+
+    /// How many there are in all.
+    pub(crate) fn all(&self) -> u64 {
+        self.engines + self.containers + self.backlogs
+    }
+
+    /// Those since `before`.
+    pub(crate) fn since(&self, before: &Drops) -> Drops {
+        Drops {
+            engines: self.engines - before.engines,
+            containers: self.containers - before.containers,
+            backlogs: self.backlogs - before.backlogs,
+        }
+    }
+}
+
+fn dropped(engine: &Engine) -> u64 {
     let of_workers = engine.workers.iter().map(|worker| {
         let dropped: u64 = worker.dropped.values().sum();
         dropped + worker.socket_overflow
     });
     of_workers.sum::<u64>() + engine.device_overflow.unwrap_or_default()
+}
+
+/// `InErrors` of UDP, which hold those for which a socket had no room.
+fn receive_errors(ns: &Namespace) -> u64 {
+    let snmp = output_of(ns, "cat", ["/proc/net/snmp"]);
+    let mut udp = snmp.lines().filter(|line| line.starts_with("Udp:"));
+    let (names, values) = (udp.next().unwrap(), udp.next().unwrap());
+    let place = names.split_whitespace().position(|name| name == "InErrors").unwrap();
+    values.split_whitespace().nth(place).unwrap().parse().unwrap()
+}
+
+/// The second number of each processor's line, in hexadecimal.
+fn backlog_drops() -> u64 {
+    let softnet = fs::read_to_string("/proc/net/softnet_stat").unwrap();
+    let dropped = softnet
+        .lines()
+        .filter_map(|line| u64::from_str_radix(line.split_whitespace().nth(1)?, 16).ok());
+    dropped.sum()
+}
+
+/// Fails the test if more is missing than was counted.
+pub(crate) fn assert_accounted(what: &str, report: &Report, drops: &Drops) {
+    println!(
+        "{what}: {} of {} datagrams lost, counted {drops:?}",
+        report.lost.len(),
+        report.sent
+    );
+    assert!(
+        report.lost.len() as u64 <= drops.all(),
+        "{what}: {:?} of {} datagrams are missing, and only {drops:?} are accounted for",
+        report.lost,
+        report.sent
+    );
 }
