@@ -5,7 +5,7 @@
 //! file, say that we are ready; then follow the leases, the kernel and the external interface until a signal comes, this
 //! host's subnet or PublicIP is another host's. SIGTERM and SIGINT end it at any point.
 //!
-//! The `udp` backend carries packets [earlier](early) where an earlier run is remembered, since its device went with that run.
+//! The `udp` backend is set up [earlier](early) where an earlier run is remembered, since its device went with that run.
 //! Where the registry does not answer, what an earlier run has [remembered] takes the place of configuration, claim and lease.
 
 mod blackhole;
@@ -268,20 +268,31 @@ async fn serve(
     // Before anything is looked at: what changes from then on is told.
     let mut monitor = Monitor::open().map_err(Error::Monitor)?;
     let overlays = Overlays::new(&network, &previous).ok_or(backend::Error::NoIpv4(network.backend().kind()))?;
-    let (mut backend, mut begun) = match early {
-        Some(early) if early.network == network => (early.backend, Some(early.lease)),
-        other => {
-            if let Some(early) = other {
-                left = early::what_is_left(early.backend);
-            }
-            let backend = backend_of(&network, &external, &overlays, settings, left, failures.clone())?;
-            (backend, None)
+    let early = match early {
+        Some(early) if early.network != network => {
+            left = early.give_up();
+            None
+        }
+        early => early,
+    };
+    let backend = match &early {
+        Some(_) => None,
+        None => {
+            let left = std::mem::take(&mut left);
+            Some(backend_of(
+                &network,
+                &external,
+                &overlays,
+                settings,
+                left,
+                failures.clone(),
+            )?)
         }
     };
     let value = LeaseValue {
         public_ipv6: settings.public_ipv6,
-        backend_type: backend.kind().into(),
-        backend_data: backend.data(),
+        backend_type: network.backend().kind().into(),
+        backend_data: backend.as_ref().and_then(|backend| backend.data()),
         ..LeaseValue::new(external.public_ip)
     };
     let began_without = remembered.is_some();
@@ -320,14 +331,26 @@ async fn serve(
     };
     board.lease(&own.lease, own.left, settings.renew_margin);
     warn_of_renumbering(settings, &previous, &own);
-    if begun.take_if(|begun| begun.subnets != own.lease.subnets).is_some() {
-        left = early::what_is_left(backend);
-        backend = backend_of(&network, &external, &overlays, settings, left, failures)?;
-    }
     leftovers::remove(&mut kernel, &overlays, network.backend())?;
-    if begun.is_none() {
-        backend.start(&network, &own.lease)?;
-    }
+    let begun = match early {
+        Some(early) if early.lease.subnets == own.lease.subnets => early.into_backend(),
+        Some(early) => {
+            left = early.give_up();
+            None
+        }
+        None => None,
+    };
+    let backend = match (begun, backend) {
+        (Some(begun), _) => begun,
+        (None, backend) => {
+            let mut backend = match backend {
+                Some(backend) => backend,
+                None => backend_of(&network, &external, &overlays, settings, left, failures)?,
+            };
+            backend.start(&network, &own.lease)?;
+            backend
+        }
+    };
     let dropped = if settings.blackhole_route {
         own.lease.subnets.nets().collect()
     } else {

@@ -194,7 +194,7 @@ fn a_killed_daemon_that_is_started_afresh_loses_little_and_no_connection() {
         let flows = BothWays::start(&overlay);
         overlay.daemons[0].kill9();
         overlay.daemons[0].start_and_wait();
-        overlay.daemons[0].wait_for_log("carrying packets to 1 peer(s) as they were last known");
+        overlay.daemons[0].wait_for_log("begun with the subnet that was last known");
         // The connections must have held each time.
         losses.push(flows.lost().0 / 2);
         assert_eq!((settings(&ns), overlay.subnet(0)), (before.clone(), subnet));
@@ -218,7 +218,7 @@ fn what_was_remembered_and_is_not_so_any_more_is_exchanged() {
         .flanneld(&ns, &["leases", "reserve", "10.5.250.0/24", "--public-ip", &ip]);
     let subnet = overlay.daemons[0].start_and_wait().subnet;
     assert_eq!(subnet.trunc().to_string(), "10.5.250.0/24");
-    overlay.daemons[0].wait_for_log("carrying packets to 1 peer(s) as they were last known");
+    overlay.daemons[0].wait_for_log("begun with the subnet that was last known");
     assert!(device(&ns).contains("10.5.250.0/32"));
     wait_until(lab::PATIENCE, "the new lease to be remembered", || {
         let state = overlay.daemons[0].subnet_file().with_extension("state");
