@@ -34,7 +34,7 @@ use tracing::{info, warn};
 
 use crate::{
     backend::{self, Backend, Descriptors, Overlays, host_gw::HostGw, leftovers, udp, vxlan::Vxlan},
-    engine::Failure,
+    engine::{Failure, io::Way},
     handover::{
         self,
         heir::{self, Predecessor},
@@ -602,7 +602,7 @@ impl Run<'_> {
         Needs {
             raw_sockets: udp.is_some() || rules::may_ask_by_raw_socket(),
             port: udp.map(|udp| udp.port),
-            io_uring: udp.is_some() && self.settings.udp.io == udp::IoMode::Uring,
+            io_uring: udp.is_some() && self.settings.udp.io.way() == Way::Uring,
         }
     }
 
