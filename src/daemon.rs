@@ -9,6 +9,7 @@
 //! Where the registry does not answer, what an earlier run has remembered takes the place of configuration, claim and lease.
 
 mod blackhole;
+mod claims;
 mod doors;
 mod early;
 mod pace;
@@ -19,7 +20,7 @@ use std::{
     cell::RefCell,
     future::pending,
     io,
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{Ipv6Addr, SocketAddr},
     path::PathBuf,
     pin::{Pin, pin},
     sync::Arc,
@@ -68,6 +69,7 @@ use crate::{
 };
 
 use blackhole::Blackhole;
+use claims::{Claiming, Claims, claim, claim_after_others, keep_presence, withdraw};
 use doors::Doors;
 use early::Early;
 use pace::{Look, Pace};
@@ -77,11 +79,6 @@ use succession::Stage;
 /// How long the external address may be away before another one is taken for it: a DHCP client, or a person, removes and adds it
 /// in this time. And how long it has to be back before it is taken again.
 const AWAY: Duration = Duration::from_secs(2);
-
-/// How long, and how often, a claim to a new PublicIP is tried while another host has it: two hosts may swap addresses, and a
-/// claim that is not kept any more is forgotten within 30 s.
-const HANDOVER: Duration = Duration::from_secs(60);
-const HANDOVER_RETRY: Duration = Duration::from_secs(5);
 
 /// How long a stopping daemon waits for the registry to take its claim back.
 const LEAVE: Duration = Duration::from_secs(2);
@@ -520,9 +517,6 @@ struct Moved {
     claimed: Option<Arc<Presence>>,
 }
 
-/// The claims that are to be taken back in the end: more than one while the PublicIP changes.
-type Claims = RefCell<Vec<Arc<Presence>>>;
-
 /// A daemon that has its lease.
 struct Run<'a> {
     settings: &'a Settings,
@@ -924,53 +918,6 @@ fn backend_of(
     })
 }
 
-/// Claims the PublicIP, as long as it takes the registry to answer. `None` where the registry does not let us.
-async fn claim(
-    registry: &Arc<dyn Registry>,
-    public_ip: Ipv4Addr,
-    claims: &Claims,
-) -> Result<Option<Arc<Presence>>, Error> {
-    let mut outage = Outage::of("claiming this host's PublicIP");
-    loop {
-        match Presence::claim(registry, public_ip).await {
-            Ok(presence) => {
-                outage.over();
-                let presence = Arc::new(presence);
-                claims.borrow_mut().push(Arc::clone(&presence));
-                return Ok(Some(presence));
-            }
-            Err(ClaimError::Registry(error)) if error.is_transient() => {
-                sleep(outage.failed(&error.to_string())).await;
-            }
-            Err(ClaimError::Registry(error)) => {
-                warn!(
-                    "two hosts with one PublicIP will not be noticed, because the key hosts/{public_ip} cannot be written: {error}"
-                );
-                return Ok(None);
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
-}
-
-/// As [`claim`], of an address that another host may have had till now, and may not have noticed yet.
-async fn claim_after_others(
-    registry: &Arc<dyn Registry>,
-    public_ip: Ipv4Addr,
-    claims: &Claims,
-) -> Result<Option<Arc<Presence>>, Error> {
-    let begun = Instant::now();
-    loop {
-        match claim(registry, public_ip, claims).await {
-            Err(Error::Claim(ClaimError::InUse { hostname, .. })) if begun.elapsed() < HANDOVER => {
-                warn!("the new PublicIP {public_ip} is still claimed by host {hostname}: trying again");
-                sleep(HANDOVER_RETRY).await;
-            }
-            claimed => return claimed,
-        }
-    }
-}
-
 /// Takes this host's lease, or goes on with that of the daemon `before`, as long as it takes the registry to answer.
 async fn lease(
     registry: &dyn Registry,
@@ -1019,32 +966,4 @@ async fn keep_lease(
     }
     // A reservation needs no keeping; of a lease that ran out the watch tells.
     pending().await
-}
-
-/// Takes claims back.
-async fn withdraw(claims: Vec<Arc<Presence>>) {
-    for claim in claims {
-        claim.withdraw().await;
-    }
-}
-
-/// How far the claim to the PublicIP is.
-enum Claiming {
-    /// Still to be made: the registry did not answer.
-    Wanted(Ipv4Addr),
-    /// Made; `None` where the registry does not let us.
-    Done(Option<Arc<Presence>>),
-}
-
-/// Keeps the claim for as long as this is awaited; returns when another daemon has it.
-async fn keep_presence(registry: &Arc<dyn Registry>, claims: &Claims, claiming: Claiming) -> Error {
-    let claimed = match claiming {
-        Claiming::Wanted(public_ip) => claim(registry, public_ip, claims).await,
-        Claiming::Done(claimed) => Ok(claimed),
-    };
-    match claimed {
-        Ok(Some(presence)) => presence.keep().await.into(),
-        Ok(None) => pending().await,
-        Err(error) => error,
-    }
 }

@@ -1,15 +1,10 @@
 //! What a worker counts. Each worker writes its own; anyone reads at any time without stopping it.
 
-use std::{
-    io,
-    sync::{
-        OnceLock,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
-};
+use std::{io, sync::atomic::Ordering::Relaxed};
 
 use nix::time::{ClockId, clock_gettime};
 
+use super::shared::{AtomicU64, OnceLock};
 use super::snapshot::{PeerSnapshot, Traffic, WorkerSnapshot};
 use crate::route_table::PeerId;
 

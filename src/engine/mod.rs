@@ -17,6 +17,7 @@ pub mod io;
 pub mod peers;
 mod rate_limit;
 mod refusal;
+mod shared;
 pub mod snapshot;
 pub mod worker;
 
