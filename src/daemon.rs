@@ -5,8 +5,8 @@
 //! file, say that we are ready; then follow the leases, the kernel and the external interface until a signal comes, this
 //! host's subnet or PublicIP is another host's. SIGTERM and SIGINT end it at any point.
 //!
-//! The `udp` backend carries packets [earlier](early) where an earlier run is remembered, since its device went with that run.
-//! Where the registry does not answer, what an earlier run has [remembered] takes the place of configuration, claim and lease.
+//! The `udp` backend carries packets earlier where an earlier run is remembered, since its device went with that run.
+//! Where the registry does not answer, what an earlier run has remembered takes the place of configuration, claim and lease.
 
 mod blackhole;
 mod claims;
