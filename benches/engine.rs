@@ -24,6 +24,7 @@ use flannel::{
     },
     network::{self, BackendKind, Network},
     registry::Revision,
+    sandbox::Sandbox,
 };
 use nix::unistd::Uid;
 use tokio::sync::mpsc;
@@ -73,7 +74,15 @@ impl Member {
                 public_ip: host.ip(),
             };
             let (failures, _) = mpsc::unbounded_channel();
-            let mut backend = Udp::new(&external, network::Udp::default(), options, Descriptors::default(), failures).unwrap();
+            let mut backend = Udp::new(
+                &external,
+                network::Udp::default(),
+                options,
+                Descriptors::default(),
+                failures,
+                Sandbox::default(),
+            )
+            .unwrap();
             backend.start(&network, &lease).unwrap();
             backend.resume().unwrap();
             backend

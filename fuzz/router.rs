@@ -13,6 +13,7 @@ use flannel::{
     packet::{Hop, IcmpError, IpPacket, Ipv4Packet, Ipv6Packet, checksum, icmp, icmpv6, protocol},
     route_table::{Peer, PeerId},
 };
+use ipnet::IpNet;
 
 use super::{
     longest,
@@ -47,7 +48,11 @@ impl Router {
         let Ok(view) = IpPacket::parse(packet) else {
             return self.count(Drop::Malformed, 1);
         };
-        let Some(peer) = longest(&world.routes, view.dst()) else {
+        let found = longest(&world.routes, view.dst());
+        if let Some(reason) = stays(world, &view, found.is_some()) {
+            return self.count(reason, 1);
+        }
+        let Some(peer) = found else {
             return self.refuse(packet, IcmpError::NetUnreachable, Drop::NoRoute, world);
         };
         let Some(packet) = older(packet) else {
@@ -124,6 +129,37 @@ impl Router {
         if self.answers.len() <= ALWAYS {
             assert_eq!(told.len(), to_tell.len(), "a sender was not told");
         }
+    }
+}
+
+/// Why a packet that could not be answered does not leave, whether there is a route for it or not.
+fn stays(world: &World, packet: &IpPacket<'_>, routed: bool) -> Option<Drop> {
+    let no_hosts = |nets: &[&str], address: IpAddr| {
+        let mut nets = nets.iter().map(|net| net.parse::<IpNet>().expect("a net"));
+        nets.any(|net| net.contains(&address))
+    };
+    let nowhere = |address| {
+        let v4 = ["0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/3"];
+        let v6 = ["::/96", "::ffff:0:0/96", "fe80::/10", "ff00::/8"];
+        no_hosts(&v4, address) || no_hosts(&v6, address)
+    };
+    let last_of = |net: &IpNet, address| net.prefix_len() <= 30 && net.addr().is_ipv4() && net.broadcast() == address;
+    let (src, dst) = (packet.src(), packet.dst());
+    let no_source = nowhere(src) || world.own.iter().any(|own| last_of(own, src));
+    if routed {
+        let broadcast = world.routes.iter().any(|(net, _)| last_of(net, dst));
+        return if no_source {
+            Some(Drop::Martian)
+        } else {
+            broadcast.then_some(Drop::Broadcast)
+        };
+    }
+    if no_hosts(&["255.255.255.255/32"], dst) || world.own.iter().any(|own| last_of(own, dst)) {
+        Some(Drop::Broadcast)
+    } else if dst.is_multicast() {
+        Some(Drop::Multicast)
+    } else {
+        (nowhere(dst) || no_source).then_some(Drop::Martian)
     }
 }
 

@@ -22,6 +22,7 @@
 //! | [`packet`] | protocols as views over bytes; pure |
 //! | [`kernel`] | links, addresses, routes, neighbours and forwarding entries over netlink |
 //! | [`observe`] | logs and health |
+//! | [`sandbox`] | what the daemon gives up: capabilities, system calls |
 //! | [`sys`] | system calls; the only `unsafe` code |
 //!
 //! Two worlds meet at one narrow door. The control plane is asynchronous and runs on one thread; the data plane is plain
@@ -48,6 +49,7 @@ pub mod packet;
 pub mod registry;
 pub mod route_table;
 pub mod rules;
+pub mod sandbox;
 pub mod subnet_file;
 pub mod supervisor;
 pub mod sys;

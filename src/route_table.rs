@@ -62,6 +62,7 @@ impl PeerId {
 pub struct RouteTable {
     v4: Family<u32>,
     v6: Family<u128>,
+    broadcasts: Broadcasts,
     /// The peers' hosts, in order and each once.
     hosts: Box<[(IpAddr, PeerId)]>,
 }
@@ -91,6 +92,7 @@ impl RouteTable {
         hosts.sort();
         hosts.dedup_by_key(|(host, _)| *host);
         Self {
+            broadcasts: Broadcasts::of(&v4),
             v4: Family::new(v4),
             v6: Family::new(v6),
             hosts: hosts.into(),
@@ -122,6 +124,13 @@ impl RouteTable {
     #[inline]
     pub fn lookup_v6(&self, dst: Ipv6Addr) -> Option<Peer> {
         self.v6.lookup(dst.into())
+    }
+
+    /// Whether `dst` is the broadcast address of a route's prefix (RFC 919): of none that is longer than 30 bits, which has no
+    /// such address (RFC 3021).
+    #[inline]
+    pub fn is_broadcast(&self, dst: Ipv4Addr) -> bool {
+        self.broadcasts.contains(dst.into())
     }
 
     /// Number of routes with different prefixes.
@@ -157,6 +166,33 @@ impl<N: Number> Route<N> {
     /// Where it belongs in order: behind those that it lies within.
     fn key(&self) -> (N, u8) {
         (self.first, self.len)
+    }
+}
+
+/// The broadcast addresses of the routes' prefixes.
+#[derive(Debug, Default)]
+struct Broadcasts {
+    /// The low bits that all of them have: nearly every other address lacks one.
+    common: u32,
+    /// In order.
+    addresses: Box<[u32]>,
+}
+
+impl Broadcasts {
+    fn of(routes: &[Route<u32>]) -> Self {
+        let mut addresses: Vec<u32> = routes.iter().filter(|route| route.len <= 30).map(Route::last).collect();
+        addresses.sort_unstable();
+        let low_ones = addresses.iter().map(|address| address.trailing_ones()).min();
+        Self {
+            // At least two ones, by the length.
+            common: low_ones.map_or(0, |ones| u32::MAX >> (u32::BITS - ones)),
+            addresses: addresses.into(),
+        }
+    }
+
+    #[inline]
+    fn contains(&self, address: u32) -> bool {
+        address & self.common == self.common && self.addresses.binary_search(&address).is_ok()
     }
 }
 

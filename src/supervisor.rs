@@ -7,8 +7,7 @@
 //! the device goes then.
 
 use std::{
-    env,
-    io,
+    env, io,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         linux::net::SocketAddrExt,
@@ -92,19 +91,23 @@ impl Supervisor {
         self.forget(QUEUES);
         self.forget(SOCKETS);
         let Descriptors { queues, sockets, .. } = descriptors;
-        let (wanted, most) = (queues.len() + sockets.len(), self.store);
-        if wanted > most {
+        // A queue and a socket of the tunnel's for each worker: to nothing else do packets come.
+        let (needed, wanted, most) = (2 * queues.len(), queues.len() + sockets.len(), self.store);
+        if needed > most {
             warn!(
-                "the supervisor's store takes {most} descriptors, and this daemon has {wanted}: a restart will lose packets. Raise \
-                 FileDescriptorStoreMax= (and {STORE} in Environment=) in its unit, or lower --workers or Backend.SourcePorts"
+                "the supervisor's store takes {most} descriptors, and this daemon needs {needed}: a restart will lose packets. Raise \
+                 FileDescriptorStoreMax= (and {STORE} in Environment=) in its unit, or lower --workers"
+            );
+        } else if wanted > most {
+            info!(
+                "the supervisor's store takes {most} descriptors of {wanted}: flows will leave by other source ports after a \
+                 restart"
             );
         }
         // Half a device is of no use, and the tunnel's own sockets come before those that nothing arrives at.
         let of_queues = if queues.len() <= most { &queues[..] } else { &[] };
         let of_sockets = &sockets[..sockets.len().min(most - of_queues.len())];
-        let parked = self
-            .put(QUEUES, of_queues)
-            .and_then(|()| self.put(SOCKETS, of_sockets));
+        let parked = self.put(QUEUES, of_queues).and_then(|()| self.put(SOCKETS, of_sockets));
         if let Err(error) = parked {
             warn!("cannot put descriptors into the supervisor's store, so that a restart will lose packets: {error}");
         }
@@ -154,7 +157,9 @@ fn inherited() -> Descriptors {
         match name.as_str() {
             QUEUES => descriptors.queues.push(descriptor),
             SOCKETS => descriptors.sockets.push(descriptor),
-            other => warn!("the supervisor hands over a descriptor named {other:?}, which is none of flanneld's: closing it"),
+            other => {
+                warn!("the supervisor hands over a descriptor named {other:?}, which is none of flanneld's: closing it")
+            }
         }
     }
     if !descriptors.is_empty() {
@@ -200,7 +205,10 @@ mod tests {
             let mut heard = Vec::new();
             let mut buffer = [0; 256];
             while let Ok((length, descriptors)) = rights::recv(self.socket.as_fd(), &mut buffer) {
-                heard.push((String::from_utf8_lossy(&buffer[..length]).into_owned(), descriptors.len()));
+                heard.push((
+                    String::from_utf8_lossy(&buffer[..length]).into_owned(),
+                    descriptors.len(),
+                ));
             }
             heard
         }
@@ -241,7 +249,9 @@ mod tests {
             listening.with_store(store).park(&descriptors(2, 4));
             let heard = listening.heard();
             let parked = heard.iter().map(|(state, count)| (state.as_str(), *count));
-            let parked: Vec<(&str, usize)> = parked.filter(|(state, _)| !state.starts_with("FDSTOREREMOVE=1")).collect();
+            let parked: Vec<(&str, usize)> = parked
+                .filter(|(state, _)| !state.starts_with("FDSTOREREMOVE=1"))
+                .collect();
             assert_eq!(parked, expected, "{store}");
             assert_eq!(heard.len() - expected.len(), if store == 0 { 0 } else { 2 });
         }

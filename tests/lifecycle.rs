@@ -147,7 +147,7 @@ fn a_lease_that_is_released_under_a_running_daemon_is_taken_again() {
         .flanneld(overlay.hosts[0].ns(), &["leases", "release", &subnet]);
     assert!(said.contains("stop it first"), "{said}");
     overlay.daemons[0].wait_for_log(&format!("the lease {subnet} was gone from the registry"));
-    overlay.daemons[1].wait_for_log(&format!("peer {subnet} is gone"));
+    // The other host has nothing to say of what was there again within a second.
     overlay.assert_all_reach_all();
     overlay.daemons[0].assert_running();
     let leases = overlay.registry.flanneld(overlay.hosts[0].ns(), &["leases", "list"]);

@@ -478,6 +478,32 @@ async fn a_session_outlives_its_token() {
 }
 
 #[tokio::test]
+async fn a_password_that_is_replaced_in_its_file_is_used_without_a_restart() {
+    let server = server_with_users(300);
+    let directory = TempDir::new("password");
+    let file = directory.0.join("password");
+    let add_user = |password: &str| {
+        server.etcdctl(&["user", "add", &format!("flannel:{password}")]);
+        server.etcdctl(&["user", "grant-role", "flannel", "root"]);
+    };
+    add_user("old");
+    std::fs::write(&file, "old\n").unwrap();
+    let registry = EtcdRegistry::connect(EtcdConfig {
+        username: Some("flannel".to_owned()),
+        password_file: Some(file.clone()),
+        ..config(&[server.url()])
+    })
+    .unwrap();
+    registry.put("config", b"{}").await.unwrap();
+
+    server.etcdctl(&["user", "delete", "flannel"]);
+    add_user("new");
+    denied(&registry.get("config").await.unwrap_err());
+    std::fs::write(&file, "new\n").unwrap();
+    assert!(registry.get("config").await.unwrap().is_some());
+}
+
+#[tokio::test]
 async fn a_wrong_or_missing_password_is_denied_and_names_the_flags() {
     let server = server_with_users(300);
     let message = denied(&with_user(&server, "root", "guessed").get("config").await.unwrap_err());
@@ -597,7 +623,7 @@ async fn a_record_whose_etcd_lease_was_revoked_is_gone() {
 }
 
 #[tokio::test]
-async fn five_thousand_leases_are_listed_in_one_go_and_any_number_at_one_revision() {
+async fn thousands_of_leases_are_listed_in_a_few_goes_at_one_revision() {
     let server = EtcdServer::start();
     let registry = connect(&[server.url()]);
     registry.put("config", b"{}").await.unwrap();
@@ -605,15 +631,17 @@ async fn five_thousand_leases_are_listed_in_one_go_and_any_number_at_one_revisio
     fill(&server, 0..5_000).await;
     let before = ranges(&server);
     assert_eq!(registry.list("subnets/").await.unwrap().len(), 5_000);
-    assert_eq!(ranges(&server) - before, 1);
+    // 128, and then twice as many each time.
+    let goes = ranges(&server) - before;
+    assert!((2..=6).contains(&goes), "{goes}");
 
-    // More than a page, and each page larger than the 4 MB that a gRPC client takes by default.
     fill(&server, 5_000..12_000).await;
     let before = ranges(&server);
     let (picture, mut watch) = registry.watch("subnets/").await.unwrap();
     assert_eq!(picture.len(), 12_000);
     assert!(picture.is_sorted_by(|one, next| one.key < next.key));
-    assert_eq!(ranges(&server) - before, 2);
+    let goes = ranges(&server) - before;
+    assert!((2..=12).contains(&goes), "{goes}");
     registry.put("subnets/last", b"1").await.unwrap();
     assert_eq!(key_of(&next(&mut watch).await.unwrap()), "subnets/last");
 }

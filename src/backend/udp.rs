@@ -31,6 +31,7 @@ use crate::{
     network::{self, BackendKind, Network, SourceCheck},
     observe::{board::Report, chain, outage::Outage, status::Counts},
     route_table::{Peer, RouteTable, Routes},
+    sandbox::Sandbox,
     sys::{
         tun::{Tun, TunOffload},
         udp, uring,
@@ -113,6 +114,7 @@ pub struct Udp {
     routes: Routes,
     peers: Arc<Mutex<PeerIds>>,
     failures: UnboundedSender<Failure>,
+    sandbox: Sandbox,
     /// Each worker's. They outlive the engine: what comes while another one is made waits in them.
     sockets: Vec<Sockets>,
     /// A device's queues that an earlier process has left.
@@ -153,7 +155,7 @@ struct Device {
 
 impl Udp {
     /// Takes the tunnel's port on the external address, and of what an earlier process has `left` what fits. Workers that cannot
-    /// go on say why through `failures`.
+    /// go on say why through `failures`; `sandbox` confines them.
     ///
     /// # Errors
     /// When the port is in use, or the external MTU is too small.
@@ -163,6 +165,7 @@ impl Udp {
         options: Options,
         left: Descriptors,
         failures: UnboundedSender<Failure>,
+        sandbox: Sandbox,
     ) -> Result<Self, Error> {
         let mtu = mtu_over(external)?;
         let workers = match (options.tun, options.workers) {
@@ -194,6 +197,7 @@ impl Udp {
             routes: Routes::default(),
             peers: Arc::default(),
             failures,
+            sandbox,
             sockets,
             left: left.queues,
             shared: left.shared,
@@ -370,7 +374,12 @@ impl Backend for Udp {
         let sockets = if external.address == self.external.address {
             None
         } else {
-            Some(udp_sockets::bind_on(external, &self.configuration, self.workers, Vec::new())?)
+            Some(udp_sockets::bind_on(
+                external,
+                &self.configuration,
+                self.workers,
+                Vec::new(),
+            )?)
         };
         if mtu != self.mtu
             && let Some(device) = &mut self.device
@@ -462,7 +471,9 @@ impl Udp {
         };
         let failures = self.failures.clone();
         // Nobody listens any more when the daemon is ending.
-        let engine = Engine::start(parts, move |failure| drop(failures.send(failure))).map_err(Error::Engine)?;
+        let failed = move |failure| drop(failures.send(failure));
+        let confined = self.sandbox.workers(parts.way == Way::Uring);
+        let engine = Engine::start(parts, move || confined.confine(), failed).map_err(Error::Engine)?;
         self.engine = Some(engine);
         Ok(())
     }
@@ -524,15 +535,7 @@ impl Udp {
         if let Some(device) = &self.device {
             let mut kernel = Kernel::open()?;
             let name = &device.tun.name;
-            if udp_device::put_right(
-                &mut kernel,
-                device.index,
-                name,
-                self.mtu,
-                network,
-                own,
-                &self.repairs,
-            )? {
+            if udp_device::put_right(&mut kernel, device.index, name, self.mtu, network, own, &self.repairs)? {
                 return self.start_engine();
             }
             if let Some(left) = LIFETIME.checked_sub(device.since.elapsed()) {

@@ -85,7 +85,10 @@ pub(super) fn adopt(
         address => !own.subnets.nets().any(|net| own_address(net) == **address),
     });
     if let Some(address) = foreign {
-        return misfit(format!("it has the address {address}, and this host's subnet is {}", own.subnets.to_cidrs()));
+        return misfit(format!(
+            "it has the address {address}, and this host's subnet is {}",
+            own.subnets.to_cidrs()
+        ));
     }
     device.queues.truncate(workers);
     while device.queues.len() < workers {
@@ -122,10 +125,10 @@ pub(super) fn configure(
     };
     let link = links.iter().find(|link| link.name == name);
     let link = link.ok_or_else(|| Error::Tun {
-            pattern: DEVICE,
-            hint: "it was removed in the moment in which it was made",
-            source: io::ErrorKind::NotFound.into(),
-        })?;
+        pattern: DEVICE,
+        hint: "it was removed in the moment in which it was made",
+        source: io::ErrorKind::NotFound.into(),
+    })?;
     let index = link.index;
     kernel.bring_up(index, mtu, DEVICE_QUEUE)?;
     for address in own.subnets.nets().map(own_address) {

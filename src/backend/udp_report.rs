@@ -20,8 +20,8 @@ use crate::{
     },
     kernel::Kernel,
     network::BackendKind,
-    route_table::PeerId,
     observe::status::{Backend, BackendReport, Engine, Offload, PeerTraffic, Traffic, Worker},
+    route_table::PeerId,
 };
 
 /// What stays as it is while the backend runs, and where to look for the rest.
@@ -186,7 +186,9 @@ pub(super) fn peer_before(id: PeerId, peer: &PeerTraffic) -> PeerSnapshot {
         id,
         sent: of(peer.sent),
         received: of(peer.received),
-        last_received: peer.seconds_since_received.map_or(0, |seconds| uptime().saturating_sub(seconds)),
+        last_received: peer
+            .seconds_since_received
+            .map_or(0, |seconds| uptime().saturating_sub(seconds)),
         unsent: peer.unsent,
         refused: peer.refused,
     }
@@ -226,7 +228,11 @@ mod tests {
         let told = Worker {
             sent: Traffic { packets: 1, bytes: 20 },
             messages_received: 3,
-            dropped: Drop::ALL.iter().zip(4..).map(|(reason, count)| (reason.name().to_owned(), count)).collect(),
+            dropped: Drop::ALL
+                .iter()
+                .zip(4..)
+                .map(|(reason, count)| (reason.name().to_owned(), count))
+                .collect(),
             send_errors: [("EPERM".to_owned(), 5), ("other".to_owned(), 6)].into(),
             socket_overflow: 7,
             ..Worker::default()
@@ -240,7 +246,13 @@ mod tests {
         };
         let again = peer_traffic(&peer_before(PeerId::OTHERS, &told), uptime());
         assert!(again.seconds_since_received.is_some_and(|seconds| seconds < 60));
-        assert_eq!(PeerTraffic { seconds_since_received: Some(0), ..again }, told);
+        assert_eq!(
+            PeerTraffic {
+                seconds_since_received: Some(0),
+                ..again
+            },
+            told
+        );
     }
 
     #[test]

@@ -80,7 +80,9 @@ fn sorted(left: Vec<OwnedFd>, tunnel: SocketAddr) -> (Vec<UdpSocket>, BTreeMap<u
     for descriptor in left {
         let socket = udp::adopt(descriptor).and_then(|socket| Ok((socket.local_addr()?, socket)));
         match socket {
-            Ok((address, socket)) if address.ip() == tunnel.ip() => by_port.entry(address.port()).or_default().push(socket),
+            Ok((address, socket)) if address.ip() == tunnel.ip() => {
+                by_port.entry(address.port()).or_default().push(socket)
+            }
             _ => misfits += 1,
         }
     }
@@ -107,7 +109,10 @@ mod tests {
 
     fn ports(sockets: &[Sockets]) -> Vec<Vec<u16>> {
         let port = |socket: &UdpSocket| socket.local_addr().unwrap().port();
-        sockets.iter().map(|sockets| sockets.iter().map(port).collect()).collect()
+        sockets
+            .iter()
+            .map(|sockets| sockets.iter().map(port).collect())
+            .collect()
     }
 
     fn copies(sockets: &[Sockets]) -> Vec<OwnedFd> {
@@ -143,7 +148,10 @@ mod tests {
         drop(more);
         let fewer = bind(address, 1, 1, left).unwrap();
         assert_eq!(ports(&fewer), [[address.port()]]);
-        assert_eq!(udp::bind_group(address, 1).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        assert_eq!(
+            udp::bind_group(address, 1).unwrap_err().kind(),
+            io::ErrorKind::AddrInUse
+        );
     }
 
     #[test]

@@ -20,6 +20,7 @@ use std::{
     io::{self, Write},
     process::ExitCode,
     sync::Arc,
+    time::Duration,
 };
 
 use clap::{
@@ -38,7 +39,7 @@ pub use self::{
     status::StatusArgs,
 };
 
-use crate::{daemon, observe, registry::Registry};
+use crate::{daemon, observe, registry::Registry, sandbox::Sandbox};
 
 const ABOUT: &str = "An overlay network for containers: a subnet for each host, and packets between them.
 
@@ -199,6 +200,7 @@ impl Place {
 /// Does what the command line says. Errors go to standard error, in one line.
 pub fn execute(invocation: Invocation) -> ExitCode {
     observe::log_to_stderr(invocation.verbosity);
+    invocation.registry.hide_password();
     let done = match invocation.action {
         // Blocks, and starts processes that die with its thread: no runtime.
         Action::Demo(args) => {
@@ -212,9 +214,19 @@ pub fn execute(invocation: Invocation) -> ExitCode {
         Action::DockerOpts(args) => docker_opts::run(&args).map_err(AnyError::from),
         Action::Man(args) => pages::man(&args, command(), &mut io::stdout()).map_err(AnyError::from),
         Action::Completions(args) => pages::completions(&args, command(), &mut io::stdout()).map_err(AnyError::from),
-        Action::Run(args) => with_registry(invocation.registry, async |registry| {
-            Ok(daemon::run(args.settings(registry)).await?)
-        }),
+        Action::Run(args) => {
+            // Before there is a second thread, which would keep what it has.
+            let sandbox = if args.sandbox {
+                let mut places = invocation.registry.files();
+                places.write.extend(args.written());
+                Sandbox::enter(&places)
+            } else {
+                Sandbox::default()
+            };
+            with_registry(invocation.registry, async |registry| {
+                Ok(daemon::run(args.settings(registry, sandbox)).await?)
+            })
+        }
         Action::Network(args) => with_registry(invocation.registry, async |registry| {
             Ok(network::run(&args, &*registry, &mut io::stdout()).await?)
         }),
@@ -227,12 +239,19 @@ pub fn execute(invocation: Invocation) -> ExitCode {
 
 type AnyError = Box<dyn std::error::Error>;
 
+/// How long a thread for what blocks, such as looking up a name, waits for more. One that was started before the daemon has settled
+/// has the rights of that time ([`crate::sandbox`]), and must not live on with them; starting another one takes microseconds.
+const HELPER_LIFE: Duration = Duration::from_millis(100);
+
 /// Runs `work` with the registry on a runtime of one thread.
 fn with_registry(
     args: RegistryArgs,
     work: impl AsyncFnOnce(Arc<dyn Registry>) -> Result<(), AnyError>,
 ) -> Result<(), AnyError> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .thread_keep_alive(HELPER_LIFE)
+        .build()?;
     let outcome = runtime.block_on(async { work(args.open()?).await });
     // Does not wait for a name server that does not answer: names are looked up on threads that nothing can interrupt.
     runtime.shutdown_background();
@@ -277,7 +296,7 @@ fn without_empty_env(arg: Arg) -> Arg {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, process, time::Duration};
+    use std::{fs, process};
 
     use super::{demo::DemoBackend, *};
     use crate::{
@@ -359,7 +378,7 @@ mod tests {
             (args.io, args.pin, args.busy_poll),
             (IoMode::Auto, false, Duration::ZERO)
         );
-        assert!(args.offload);
+        assert!(args.offload && args.sandbox);
     }
 
     #[test]
@@ -408,7 +427,11 @@ mod tests {
 
     #[test]
     fn what_the_daemon_gets_is_what_the_flags_say() {
-        let options = |line| run(line).settings(Arc::new(MemoryRegistry::new())).udp;
+        let options = |line| {
+            run(line)
+                .settings(Arc::new(MemoryRegistry::new()), Sandbox::default())
+                .udp
+        };
         let Options {
             workers,
             offload,
@@ -423,7 +446,11 @@ mod tests {
 
     #[test]
     fn the_rules_are_those_that_the_flags_ask_for() {
-        let options = |line| run(line).settings(Arc::new(MemoryRegistry::new())).rules;
+        let options = |line| {
+            run(line)
+                .settings(Arc::new(MemoryRegistry::new()), Sandbox::default())
+                .rules
+        };
         let defaults = rules::Options {
             masquerade: false,
             fully_random: true,

@@ -3,12 +3,17 @@
 use std::{fmt, path::PathBuf, sync::Arc};
 
 use clap::{ArgMatches, Args};
+use tracing::warn;
 
 use super::Place;
-use crate::registry::{
-    self, Registry,
-    etcd::{self, EtcdConfig, EtcdRegistry},
-    file::FileRegistry,
+use crate::{
+    registry::{
+        self, Registry,
+        etcd::{self, EtcdConfig, EtcdRegistry},
+        file::FileRegistry,
+    },
+    sandbox::Places,
+    sys::arguments,
 };
 
 /// Where the network's configuration and leases are kept. All flags stand before or after a subcommand.
@@ -52,7 +57,8 @@ pub struct RegistryArgs {
     #[arg(long, env = "FLANNELD_ETCD_USERNAME", value_name = "NAME", global = true)]
     pub etcd_username: Option<String>,
 
-    /// The user's password at etcd; better in the environment, since others see command lines
+    /// The user's password at etcd; better in a file or in the environment: other users may see a command line for the moment
+    /// until it is masked, and shells remember it
     #[arg(
         long,
         env = "FLANNELD_ETCD_PASSWORD",
@@ -61,6 +67,10 @@ pub struct RegistryArgs {
         global = true
     )]
     pub etcd_password: Option<Secret>,
+
+    /// A file with the user's password at etcd, alone or on its first line
+    #[arg(long, env = "FLANNELD_ETCD_PASSWORD_FILE", value_name = "FILE", global = true)]
+    pub etcd_password_file: Option<PathBuf>,
 
     /// Keep all in this directory instead of etcd: for the daemons of one machine
     #[arg(long, env = "FLANNELD_REGISTRY_DIR", value_name = "DIR", global = true)]
@@ -89,6 +99,41 @@ impl RegistryArgs {
             key_file: self.etcd_keyfile.clone(),
             username: self.etcd_username.clone(),
             password: self.etcd_password.as_ref().map(|password| password.expose().to_owned()),
+            password_file: self.etcd_password_file.clone(),
+        }
+    }
+
+    /// The files that the registry reads, and those that it writes.
+    pub(super) fn files(&self) -> Places {
+        match &self.registry_dir {
+            // The name of a file in it is of no matter.
+            Some(dir) => Places {
+                read: vec![],
+                write: vec![dir.join("registry")],
+            },
+            None => {
+                let named = [
+                    &self.etcd_cafile,
+                    &self.etcd_certfile,
+                    &self.etcd_keyfile,
+                    &self.etcd_password_file,
+                ];
+                Places {
+                    read: named.into_iter().flatten().cloned().collect(),
+                    write: vec![],
+                }
+            }
+        }
+    }
+
+    /// Masks the password where other users of this host see it, on the command line.
+    pub(super) fn hide_password(&self) {
+        let Some(password) = &self.etcd_password else { return };
+        if let Err(error) = arguments::hide(password.expose()) {
+            warn!(
+                "whoever runs `ps` on this host may see the password for etcd, which cannot be masked on the command line \
+                 ({error}): give it by --etcd-password-file"
+            );
         }
     }
 
@@ -105,6 +150,18 @@ impl RegistryArgs {
         }
         if dir < endpoints {
             self.registry_dir = None;
+        }
+        let password = Place::of("etcd_password", matches);
+        let file = Place::of("etcd_password_file", matches);
+        if password > Place::Default && password == file {
+            return Err(
+                "--etcd-password and --etcd-password-file are two places for one password: give one of them".into(),
+            );
+        }
+        if password < file {
+            self.etcd_password = None;
+        } else if file < password {
+            self.etcd_password_file = None;
         }
         Ok(())
     }

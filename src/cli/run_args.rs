@@ -23,6 +23,7 @@ use crate::{
     observe::socket,
     registry::Registry,
     rules,
+    sandbox::Sandbox,
 };
 
 /// The longest life of a lease in minutes: a day, of which the margin must leave something.
@@ -195,6 +196,18 @@ pub struct RunArgs {
     #[arg(long, env = "FLANNELD_STATUS_SOCKET", value_name = "PATH", help_heading = "Health")]
     pub status_socket: Option<PathBuf>,
 
+    /// Whether to give up, once set up, all of root's rights that are not needed: on or off
+    #[arg(
+        long,
+        env = "FLANNELD_SANDBOX",
+        value_name = "on|off",
+        default_value = "on",
+        value_parser = on_or_off,
+        action = ArgAction::Set,
+        help_heading = "Security"
+    )]
+    pub sandbox: bool,
+
     /// Go on in the place of the daemon that runs on this host, which then ends: no packet is lost. Without one, start as always
     #[arg(
         long,
@@ -289,8 +302,24 @@ pub struct RunArgs {
 }
 
 impl RunArgs {
-    /// What the daemon is to do with `registry`.
-    pub fn settings(self, registry: Arc<dyn Registry>) -> Settings {
+    /// The files that the daemon writes.
+    pub(super) fn written(&self) -> Vec<PathBuf> {
+        vec![self.subnet_file.clone(), self.socket(), self.state()]
+    }
+
+    fn socket(&self) -> PathBuf {
+        let named = self.status_socket.clone();
+        named.unwrap_or_else(|| socket::beside(&self.subnet_file))
+    }
+
+    fn state(&self) -> PathBuf {
+        let named = self.state_file.clone();
+        named.unwrap_or_else(|| remembered::beside(&self.subnet_file))
+    }
+
+    /// What the daemon is to do with `registry`, confined by `sandbox`.
+    pub fn settings(self, registry: Arc<dyn Registry>, sandbox: Sandbox) -> Settings {
+        let (status_socket, state_file) = (self.socket(), self.state());
         Settings {
             registry,
             external: Wish {
@@ -300,8 +329,8 @@ impl RunArgs {
                 public_ip: self.public_ip,
             },
             public_ipv6: self.public_ipv6,
-            status_socket: self.status_socket.unwrap_or_else(|| socket::beside(&self.subnet_file)),
-            memory: Memory::new(self.state_file.unwrap_or_else(|| remembered::beside(&self.subnet_file))),
+            status_socket,
+            memory: Memory::new(state_file),
             subnet_file: self.subnet_file,
             renew_margin: self.subnet_lease_renew_margin,
             health: (self.healthz_port != 0).then(|| SocketAddr::new(self.healthz_ip, self.healthz_port)),
@@ -321,6 +350,7 @@ impl RunArgs {
                 busy_poll: self.busy_poll,
             },
             handover: self.handover,
+            sandbox,
         }
     }
 
@@ -364,6 +394,14 @@ fn io(text: &str) -> Result<IoMode, String> {
         "mmsg" => Ok(IoMode::Mmsg),
         "uring" => Ok(IoMode::Uring),
         _ => Err("write auto, mmsg or uring".to_owned()),
+    }
+}
+
+fn on_or_off(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("write on or off".to_owned()),
     }
 }
 

@@ -12,7 +12,7 @@ use clap::Args;
 use super::table::table;
 use crate::observe::{
     socket::{self, ReadError},
-    status::{Engine, Peer, Status, Traffic, Worker},
+    status::{Engine, Peer, Sandbox, Status, Traffic, Worker},
 };
 
 /// `flanneld status`.
@@ -168,6 +168,7 @@ fn render(status: &Status, before: Option<(&Status, Duration)>) -> String {
         (Some(trouble), None) => format!("NO ANSWER yet: {trouble}"),
     };
     fact("Registry", format!("{}: {contact}{event}", registry.name));
+    fact("Sandbox", sandbox(&status.sandbox));
     if let Some(total) = engine_total(status) {
         let then = before.and_then(|(before, past)| Some((engine_total(before)?, past)));
         let rate = |now: Traffic, of: fn(&Worker) -> Traffic| {
@@ -202,6 +203,35 @@ fn repairs(status: &Status) -> impl Iterator<Item = (&str, u64)> {
     backend
         .map(|(what, count)| (what.as_str(), *count))
         .chain([("rules", status.rule_repairs)])
+}
+
+/// What the daemon may still do.
+fn sandbox(sandbox: &Sandbox) -> String {
+    if !sandbox.on {
+        return "off".to_owned();
+    }
+    let kept = match &sandbox.capabilities[..] {
+        [] => "no capabilities".to_owned(),
+        some => some.join(", "),
+    };
+    let workers = match sandbox.worker_filter {
+        None => "",
+        Some(true) => "; workers may only move packets",
+        Some(false) => "; workers have none, and NO FILTER",
+    };
+    let mut text = format!("on, keeps {kept}{workers}");
+    for trouble in &sandbox.troubles {
+        text += &format!("; without {trouble}");
+    }
+    let refused: Vec<String> = sandbox
+        .refused
+        .iter()
+        .map(|(call, count)| format!("{call} {count}"))
+        .collect();
+    if !refused.is_empty() {
+        text += &format!("; REFUSED {}", refused.join(", "));
+    }
+    text
 }
 
 fn engine_total(status: &Status) -> Option<Worker> {
@@ -427,6 +457,40 @@ mod tests {
     }
 
     #[test]
+    fn what_the_daemon_may_do_is_told_on_one_line() {
+        let confined = Sandbox {
+            on: true,
+            capabilities: ["NET_ADMIN", "NET_RAW"].map(str::to_owned).to_vec(),
+            no_new_privs: true,
+            control_filter: true,
+            worker_filter: Some(true),
+            troubles: vec![],
+            refused: BTreeMap::new(),
+        };
+        assert_eq!(
+            sandbox(&confined),
+            "on, keeps NET_ADMIN, NET_RAW; workers may only move packets"
+        );
+        let kernel_backend = Sandbox {
+            worker_filter: None,
+            capabilities: vec![],
+            ..confined.clone()
+        };
+        assert_eq!(sandbox(&kernel_backend), "on, keeps no capabilities");
+        let in_trouble = Sandbox {
+            worker_filter: Some(false),
+            troubles: vec!["a filter of system calls: Function not implemented".to_owned()],
+            refused: BTreeMap::from([("socket".to_owned(), 3)]),
+            ..confined
+        };
+        assert_eq!(
+            sandbox(&in_trouble),
+            "on, keeps NET_ADMIN, NET_RAW; workers have none, and NO FILTER; without a filter of system calls: Function not \
+             implemented; REFUSED socket 3"
+        );
+    }
+
+    #[test]
     fn a_status_is_told_on_a_few_lines() {
         let expected = "\
 flanneld 1.2.3, process 4711, up 1 h 2 min: ready
@@ -435,6 +499,7 @@ Offloads   tun_tcp; udp_gro off: an old kernel
 Interface  eth0, 192.0.2.1, MTU 1500, PublicIP 203.0.113.1
 Lease      10.5.1.0/24, 23 h 59 min left
 Registry   etcd at http://192.0.2.9:2379: connected, last change 1 min ago
+Sandbox    off
 Traffic    sent 2000 packets, 2.0 MB, received 0 packets, 0 B
 Dropped    no_route 6, device_overflow 5
 

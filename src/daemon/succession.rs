@@ -58,7 +58,9 @@ impl Run<'_> {
         self.parked = Some(generation);
         match self.backend.descriptors() {
             Ok(descriptors) => self.supervisor.borrow().park(&descriptors),
-            Err(error) => warn!("cannot copy descriptors for the supervisor, so that a restart will lose packets: {error}"),
+            Err(error) => {
+                warn!("cannot copy descriptors for the supervisor, so that a restart will lose packets: {error}")
+            }
         }
     }
 
@@ -76,7 +78,10 @@ impl Run<'_> {
         descriptors.extend(doors.hand().map_err(out_of_descriptors)?);
         let claims = claims.borrow();
         let claim = claims.iter().find(|claim| claim.public_ip() == public_ip);
-        let claim = claim.map(|claim| claim.hand()).transpose().map_err(out_of_descriptors)?;
+        let claim = claim
+            .map(|claim| claim.hand())
+            .transpose()
+            .map_err(out_of_descriptors)?;
         let claim = claim.map(|handed| {
             descriptors.push((Kind::Claim, handed.alive));
             handed.instance

@@ -47,6 +47,12 @@ impl Admission {
         admission
     }
 
+    /// This host's subnets.
+    pub fn own(&self) -> impl Iterator<Item = IpNet> {
+        let v4 = self.v4.map(IpNet::V4);
+        v4.into_iter().chain(self.v6.map(IpNet::V6))
+    }
+
     /// Under whose number a packet that came in a datagram from `from` is counted.
     ///
     /// # Errors

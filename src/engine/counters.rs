@@ -1,15 +1,10 @@
 //! What a worker counts. Each worker writes its own; anyone reads at any time without stopping it.
 
-use std::{
-    io,
-    sync::{
-        OnceLock,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
-};
+use std::{io, sync::atomic::Ordering::Relaxed};
 
 use nix::time::{ClockId, clock_gettime};
 
+use super::shared::{AtomicU64, OnceLock};
 use super::snapshot::{PeerSnapshot, Traffic, WorkerSnapshot};
 use crate::route_table::PeerId;
 
@@ -256,6 +251,12 @@ pub enum Drop {
     NoRoute,
     /// The time to live ran out here.
     TtlExpired,
+    /// It was about to leave with an address that no single host elsewhere has.
+    Martian,
+    /// It was about to leave for a group.
+    Multicast,
+    /// It was about to leave for all hosts of a subnet.
+    Broadcast,
     /// The datagram came from no peer's address.
     UnknownPeer,
     /// The packet's source is not in the subnet of the peer that sent it, or its destination not in this host's.
@@ -270,10 +271,13 @@ pub enum Drop {
 
 impl Drop {
     /// All reasons, in the order of their counters.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 11] = [
         Self::Malformed,
         Self::NoRoute,
         Self::TtlExpired,
+        Self::Martian,
+        Self::Multicast,
+        Self::Broadcast,
         Self::UnknownPeer,
         Self::Spoofed,
         Self::QueueFull,
@@ -292,6 +296,9 @@ impl Drop {
             Self::Malformed => "malformed",
             Self::NoRoute => "no_route",
             Self::TtlExpired => "ttl_expired",
+            Self::Martian => "martian",
+            Self::Multicast => "multicast",
+            Self::Broadcast => "broadcast",
             Self::UnknownPeer => "unknown_peer",
             Self::Spoofed => "spoofed",
             Self::QueueFull => "queue_full",

@@ -17,6 +17,7 @@ use crate::{
 use super::{
     context::Context,
     counters::Drop,
+    departure::Departure,
     forward::{self, Verdict},
     io::{DatagramSink, LocalSink, Packet, PacketSource},
 };
@@ -42,6 +43,7 @@ pub(super) struct Lane {
 }
 
 pub(super) struct Egress {
+    departure: Departure,
     headers: Headers,
     plan: SendPlan<Lane>,
     /// The runs of one source port, by their place in the plan.
@@ -54,8 +56,9 @@ pub(super) struct Egress {
 }
 
 impl Egress {
-    pub(super) fn new(segmenting: bool, sources: u8) -> Self {
+    pub(super) fn new(departure: Departure, segmenting: bool, sources: u8) -> Self {
         Self {
+            departure,
             headers: Headers::default(),
             plan: SendPlan::default(),
             chosen: Vec::new(),
@@ -116,7 +119,7 @@ impl Egress {
             context.counters.drop_one(Drop::Malformed);
             return false;
         };
-        let (peer, hash) = match forward::egress(bytes, context.routes, self.sources > 1) {
+        let (peer, hash) = match forward::egress(bytes, context.routes, &self.departure, self.sources > 1) {
             Verdict::Forward(next) => next,
             Verdict::Refuse(error, reason) => {
                 context.counters.drop_one(reason);

@@ -2,16 +2,13 @@
 
 use std::{
     net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
+    sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
-use arc_swap::ArcSwap;
 use tracing::warn;
 
+use super::shared::{ArcSwap, AtomicBool};
 use crate::offload::{GsoKind, Merge};
 
 /// How long a peer whose route refuses segmented messages gets single ones before it is tried again: the route may have

@@ -9,7 +9,7 @@ use crate::{
     route_table::{Peer, PeerId, RouteTable},
 };
 
-use super::{admission::Admission, counters::Drop};
+use super::{admission::Admission, counters::Drop, departure::Departure};
 
 /// What becomes of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,13 +24,19 @@ pub enum Verdict<Next> {
 
 /// A packet that came out of the TUN device: to which peer, and with which hash of its flow (0 unless `hashed`)?
 #[inline]
-pub fn egress(packet: &mut [u8], routes: &RouteTable, hashed: bool) -> Verdict<(Peer, u32)> {
+pub fn egress(packet: &mut [u8], routes: &RouteTable, departure: &Departure, hashed: bool) -> Verdict<(Peer, u32)> {
     let Ok(view) = IpPacket::parse(packet) else {
         return Verdict::Drop(Drop::Malformed);
     };
     match routes.lookup(view.dst()) {
-        None => Verdict::Refuse(IcmpError::NetUnreachable, Drop::NoRoute),
+        None => match departure.stray(&view) {
+            Some(reason) => Verdict::Drop(reason),
+            None => Verdict::Refuse(IcmpError::NetUnreachable, Drop::NoRoute),
+        },
         Some(peer) => {
+            if let Err(reason) = departure.allow(&view, routes) {
+                return Verdict::Drop(reason);
+            }
             let hash = if hashed { flow::hash(&view) } else { 0 };
             age(packet, (peer, hash))
         }
@@ -99,6 +105,10 @@ mod tests {
         ]
     }
 
+    fn leaving(packet: &mut [u8]) -> Verdict<(Peer, u32)> {
+        egress(packet, &routes(), &Departure::default(), false)
+    }
+
     fn from_peer(packet: &mut [u8]) -> Verdict<PeerId> {
         ingress(packet, HOST, &routes(), &Admission::new(SourceCheck::Off, []))
     }
@@ -110,7 +120,7 @@ mod tests {
     #[test]
     fn a_packet_for_a_peer_goes_to_it_one_hop_older() {
         for (mut packet, older) in to_peer(9).into_iter().zip(to_peer(8)) {
-            assert_eq!(egress(&mut packet, &routes(), false), Verdict::Forward((PEER, 0)));
+            assert_eq!(leaving(&mut packet), Verdict::Forward((PEER, 0)));
             assert_eq!(packet, older);
         }
     }
@@ -128,7 +138,7 @@ mod tests {
         for mut packet in packets("10.5.3.9", "fd00:3::9", 1) {
             let before = packet.clone();
             assert_eq!(
-                egress(&mut packet, &routes(), false),
+                leaving(&mut packet),
                 Verdict::Refuse(IcmpError::NetUnreachable, Drop::NoRoute)
             );
             assert_eq!(packet, before);
@@ -139,7 +149,7 @@ mod tests {
     fn the_end_of_the_time_to_live_is_told_in_both_directions() {
         for mut packet in to_peer(1) {
             assert_eq!(
-                egress(&mut packet, &routes(), false),
+                leaving(&mut packet),
                 Verdict::Refuse(IcmpError::TimeExceeded, Drop::TtlExpired)
             );
             assert_eq!(
@@ -150,13 +160,21 @@ mod tests {
     }
 
     #[test]
+    fn what_cannot_be_answered_is_dropped_as_it_is_and_nobody_is_told() {
+        for mut packet in packets("224.0.0.251", "ff02::fb", 1) {
+            let before = packet.clone();
+            assert_eq!(leaving(&mut packet), Verdict::Drop(Drop::Multicast));
+            assert_eq!(packet, before);
+        }
+        let [mut broadcast, _] = packets("10.5.2.255", "fd00:2::1", 1);
+        assert_eq!(leaving(&mut broadcast), Verdict::Drop(Drop::Broadcast));
+    }
+
+    #[test]
     fn what_is_no_packet_is_dropped() {
         let [v4, v6] = to_peer(9);
         for broken in [&[][..], &[0x45], &v4[..19], &v4[..100], &[0x75; 40], &v6[..39]] {
-            assert_eq!(
-                egress(&mut broken.to_vec(), &routes(), false),
-                Verdict::Drop(Drop::Malformed)
-            );
+            assert_eq!(leaving(&mut broken.to_vec()), Verdict::Drop(Drop::Malformed));
             assert_eq!(from_peer(&mut broken.to_vec()), Verdict::Drop(Drop::Malformed));
         }
     }

@@ -8,6 +8,7 @@
 pub mod admission;
 mod context;
 pub mod counters;
+pub mod departure;
 mod egress;
 pub mod fallbacks;
 pub mod forward;
@@ -16,6 +17,7 @@ pub mod io;
 pub mod peers;
 mod rate_limit;
 mod refusal;
+mod shared;
 pub mod snapshot;
 pub mod worker;
 
@@ -159,12 +161,16 @@ struct Observed {
 }
 
 impl Engine {
-    /// Starts one worker for each queue. `on_failure` is called, from the worker's thread, with the reason when a worker
-    /// cannot go on.
+    /// Starts one worker for each queue. `confine` is called by each when it has all that it needs, before its first packet;
+    /// `on_failure`, from the worker's thread too, with the reason when it cannot go on.
     ///
     /// # Errors
     /// When the system gives no thread, processor, poller, ring or raw socket.
-    pub fn start(parts: Parts, on_failure: impl Fn(Failure) + Send + Clone + 'static) -> Result<Self> {
+    pub fn start(
+        parts: Parts,
+        confine: impl Fn() + Send + Clone + 'static,
+        on_failure: impl Fn(Failure) + Send + Clone + 'static,
+    ) -> Result<Self> {
         let count = parts.queues.len();
         let Observer {
             workers,
@@ -202,12 +208,12 @@ impl Engine {
                 inbox,
                 started,
             };
-            let (way, on_failure) = (parts.way, on_failure.clone());
+            let (way, confine, on_failure) = (parts.way, confine.clone(), on_failure.clone());
             let thread = thread::Builder::new()
                 .name(format!("worker-{index}"))
                 .spawn(move || match way {
-                    Way::Mmsg => work(start, Mmsg::new, &on_failure),
-                    Way::Uring => work(start, Uring::new, &on_failure),
+                    Way::Mmsg => work(start, Mmsg::new, confine, &on_failure),
+                    Way::Uring => work(start, Uring::new, confine, &on_failure),
                 })?;
             // A worker that is gone without a word has panicked, which it has reported.
             let bell = outcome.recv().unwrap_or(Err(std::io::ErrorKind::Other.into()))?;
@@ -229,7 +235,11 @@ impl Observer {
         let workers = sockets.iter().enumerate().map(|(index, sockets)| {
             let counters = Counters::default();
             let mut overflow = 0;
-            for (_, before) in before.iter().enumerate().filter(|(number, _)| (*number).min(last) == index) {
+            for (_, before) in before
+                .iter()
+                .enumerate()
+                .filter(|(number, _)| (*number).min(last) == index)
+            {
                 counters.add(before);
                 overflow += before.socket_overflow;
             }
@@ -276,9 +286,10 @@ impl Observer {
 
     /// What the engine has done so far. No worker waits for it.
     pub fn snapshot(&self) -> Snapshot {
-        let workers = self.workers.iter().map(|worker| {
-            WorkerSnapshot::of(&worker.counters, worker.overflow_before + worker.overflow())
-        });
+        let workers = self
+            .workers
+            .iter()
+            .map(|worker| WorkerSnapshot::of(&worker.counters, worker.overflow_before + worker.overflow()));
         let merge = self.fallbacks.limit(crate::offload::Merge {
             tcp: self.offloads.tun_tcp,
             udp: self.offloads.tun_udp,
@@ -325,6 +336,7 @@ struct Start {
 fn work<I: Io>(
     start: Start,
     make: impl FnOnce(Arc<TunQueue>, Sockets) -> Result<(I, Bell)>,
+    confine: impl FnOnce(),
     on_failure: &impl Fn(Failure),
 ) {
     let index = start.index;
@@ -334,6 +346,7 @@ fn work<I: Io>(
     match pinned.and_then(|()| make(start.queue, start.sockets)) {
         Err(error) => drop(start.started.send(Err(error))),
         Ok((io, bell)) => {
+            confine();
             drop(start.started.send(Ok(bell)));
             if let Err(reason) = Worker::new(io, start.setup).run(&start.inbox) {
                 on_failure(match reason.raw_os_error() {

@@ -18,6 +18,7 @@ use super::{
     admission::Admission,
     context::Context,
     counters::Counters,
+    departure::Departure,
     egress::Egress,
     fallbacks::Fallbacks,
     ingress::Ingress,
@@ -74,7 +75,11 @@ impl<I: Io> Worker<I> {
             counters: setup.counters,
             fallbacks: setup.fallbacks,
             busy_poll: setup.busy_poll,
-            egress: Egress::new(setup.offloads.udp_segment, setup.sources),
+            egress: Egress::new(
+                Departure::new(setup.admission.own()),
+                setup.offloads.udp_segment,
+                setup.sources,
+            ),
             ingress: Ingress::new(merge, setup.admission),
             refusals: Refusals::new(setup.icmp_source, setup.sharers),
             ready: Ready {
@@ -522,6 +527,34 @@ mod tests {
             (vec![older(out); 2], 2)
         );
         assert_eq!(worker.io().device.written, [older(back.clone()), older(back)]);
+    }
+
+    #[test]
+    fn what_cannot_be_answered_does_not_leave_in_bulk_either() {
+        let mut worker = worker(ALL, 1);
+        let (superpacket, _) = superpacket(100, &[7; 1_000]);
+        let with_source = |source: [u8; 4]| {
+            let mut bytes = superpacket.clone();
+            let mut ip = Ipv4Packet::new_checked(&mut bytes[VirtioNetHdr::LEN..]).unwrap();
+            ip.set_src(source.into());
+            ip.fill_checksum();
+            bytes
+        };
+        let broadcast = build::Ipv4::new([10, 5, 1, 2].into(), [10, 5, 3, 255].into()).udp(1, 2, b"x");
+        worker.io().packets.waiting.extend([
+            with_source([127, 0, 0, 1]),
+            with_source([10, 5, 1, 255]),
+            plain(&broadcast),
+            plain(&packet(3, 1, b"x")),
+        ]);
+        worker.drain().unwrap();
+        assert_eq!(sent_bytes(&mut worker), [older(packet(3, 1, b"x"))]);
+        let counters = &worker.counters;
+        assert_eq!(
+            (counters.dropped(Drop::Martian), counters.dropped(Drop::Broadcast)),
+            (2, 1)
+        );
+        assert!(worker.io().local.sent.is_empty());
     }
 
     #[test]

@@ -109,7 +109,10 @@ impl Predecessor {
         let mut connection = Connection::new(stream);
         let user = connection.user().map_err(failed(what))?;
         if user != 0 && user != geteuid().as_raw() {
-            return Err(Error::Refused(format!("{} is user {user}'s, and not root's", path.display())));
+            return Err(Error::Refused(format!(
+                "{} is user {user}'s, and not root's",
+                path.display()
+            )));
         }
         let hello = ToRunning::Hello(Hello::own());
         connection.send(&hello, &[]).await.map_err(failed(what))?;
@@ -133,7 +136,10 @@ impl Predecessor {
                 what: "runs in another network namespace".to_owned(),
             });
         }
-        let subnets = offer.subnets.parse().map_err(|_| failed(what)(io::ErrorKind::InvalidData.into()))?;
+        let subnets = offer
+            .subnets
+            .parse()
+            .map_err(|_| failed(what)(io::ErrorKind::InvalidData.into()))?;
         let mut found = Self {
             connection,
             subnets,
@@ -213,12 +219,7 @@ impl Predecessor {
     ///
     /// # Errors
     /// [`Error::Other`] when this one would have another address, subnet or backend.
-    pub fn fits(
-        &self,
-        network: &Network,
-        external: &External,
-        remembered: Option<&Remembered>,
-    ) -> Result<(), Error> {
+    pub fn fits(&self, network: &Network, external: &External, remembered: Option<&Remembered>) -> Result<(), Error> {
         if remembered.is_some_and(|remembered| remembered.own.lease.subnets != self.subnets) {
             return Err(self.other(format!(
                 "has the subnet {}, which is not the one that is remembered, and the registry does not answer",

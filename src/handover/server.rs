@@ -116,7 +116,9 @@ async fn converse(
     let user = connection.user()?;
     // The socket is for its owner only; its rights may have been changed by hand.
     if user != 0 && user != geteuid().as_raw() {
-        return Err(io::Error::other(format!("user {user} has asked for it, and only root may")));
+        return Err(io::Error::other(format!(
+            "user {user} has asked for it, and only root may"
+        )));
     }
     let asked = timeout(PATIENCE, connection.recv::<ToRunning>()).await??;
     let Some(ToRunning::Hello(hello)) = asked else {
@@ -198,7 +200,10 @@ impl Heir {
             Ok(Ok(Some(_))) => Err("the new flanneld does not keep to the handover's order".to_owned()),
             Ok(Ok(None)) => Err("the new flanneld has ended".to_owned()),
             Ok(Err(error)) => Err(format!("the new flanneld cannot be talked to: {error}")),
-            Err(_) => Err(format!("the new flanneld did not start within {} ms", STANDSTILL.as_millis())),
+            Err(_) => Err(format!(
+                "the new flanneld did not start within {} ms",
+                STANDSTILL.as_millis()
+            )),
         }
     }
 

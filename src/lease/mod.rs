@@ -11,6 +11,8 @@ pub mod choose;
 mod complaints;
 pub mod holding;
 pub mod keep;
+#[cfg(test)]
+mod model;
 pub mod presence;
 mod publish;
 pub mod record;

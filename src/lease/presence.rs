@@ -486,7 +486,10 @@ mod tests {
         let before = registry.get(KEY).await.unwrap().unwrap();
         let second = Presence::adopt(&registry, PUBLIC_IP, first.hand().unwrap()).unwrap();
         drop(first);
-        assert!(!second.instance.is_dead_neighbour(&second.instance), "its socket is still bound");
+        assert!(
+            !second.instance.is_dead_neighbour(&second.instance),
+            "its socket is still bound"
+        );
         assert!(is_kept_for(&second, TTL * 3).await);
         assert_eq!(registry.get(KEY).await.unwrap().unwrap(), before);
         second.withdraw().await;

@@ -178,7 +178,21 @@ async fn follow(
         view.complaints.sum_up();
         let due = [again, view.missing_until(), publisher.due(), view.complaints.due()];
         let due = due.into_iter().flatten().min();
+        // In this order, so that neither a flood of changes keeps what is due waiting, nor chance decides what a test sees.
         let now = tokio::select! {
+            biased;
+            () = at(due) => {
+                if view.give_up_missing() {
+                    publisher.note_change();
+                }
+                match again {
+                    Some(then) if then <= Instant::now() => match registry.get(&view.own.key()).await {
+                        Ok(record) => Some(record),
+                        Err(error) => return Failure::Registry(error),
+                    },
+                    _ => None,
+                }
+            }
             events = changes.next() => match events {
                 Ok(events) => {
                     let mut own = None;
@@ -193,18 +207,6 @@ async fn follow(
             () = view.screen.changed() => {
                 publisher.note_change();
                 None
-            }
-            () = at(due) => {
-                if view.give_up_missing() {
-                    publisher.note_change();
-                }
-                match again {
-                    Some(then) if then <= Instant::now() => match registry.get(&view.own.key()).await {
-                        Ok(record) => Some(record),
-                        Err(error) => return Failure::Registry(error),
-                    },
-                    _ => None,
-                }
             }
         };
         if let Some(record) = now {

@@ -11,6 +11,7 @@ use super::status::{BackendReport, Counts, External, Lease, Peer, Registry, Requ
 use crate::{
     kernel::external,
     lease::{record, watch::PeerSet},
+    sandbox::Sandbox,
 };
 
 /// Clones share the board.
@@ -41,6 +42,7 @@ struct Notes {
     own: Option<(record::Lease, Option<Instant>)>,
     renew_margin: Duration,
     rule_repairs: u64,
+    sandbox: Sandbox,
     backend: Option<Report>,
     peers: Arc<PeerSet>,
     contact: Contact,
@@ -106,6 +108,11 @@ impl Board {
         notes.own = Some((own.clone(), left.and_then(expiry)));
     }
 
+    /// Whether this host has, or had, a lease in this run.
+    pub fn has_lease(&self) -> bool {
+        self.notes().own.is_some()
+    }
+
     /// How long the lease has after it was renewed.
     pub fn renewed(&self, left: Duration) {
         if let Some((_, expires)) = &mut self.notes().own {
@@ -116,6 +123,11 @@ impl Board {
     /// Traffic rules that others had changed are back.
     pub fn rules_repaired(&self) {
         self.notes().rule_repairs += 1;
+    }
+
+    /// What the daemon is confined by.
+    pub fn sandbox(&self, sandbox: Sandbox) {
+        self.notes().sandbox = sandbox;
     }
 
     /// What carries the packets.
@@ -218,6 +230,7 @@ impl Board {
                 seconds_left: expires.map(|expires| expires.saturating_duration_since(Instant::now()).as_secs()),
             }),
             rule_repairs: notes.rule_repairs,
+            sandbox: notes.sandbox.report(),
             registry: Registry {
                 name: self.0.registry.clone(),
                 connected: contact.trouble.is_none() && contact.answered.is_some(),

@@ -14,7 +14,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use super::status::{Backend, Engine, PeerTraffic, Status, Worker};
+use super::status::{Backend, Engine, PeerTraffic, Sandbox, Status, Worker};
 
 pub use prometheus_text::CONTENT_TYPE;
 
@@ -49,6 +49,7 @@ impl Collector for Moment {
             page.engine(engine)?;
         }
         page.repairs(&self.0)?;
+        page.sandbox(&self.0.sandbox)?;
         page.peers(&self.0)
     }
 }
@@ -217,6 +218,42 @@ impl Page<'_> {
             "flannel_repairs",
             "What others had changed in the kernel and was put right",
             all.map(|(what, count)| ([("what", what)], count)),
+        )
+    }
+
+    fn sandbox(&mut self, sandbox: &Sandbox) -> fmt::Result {
+        let parts = [
+            ("no_new_privs", Some(sandbox.no_new_privs)),
+            ("control_filter", Some(sandbox.control_filter)),
+            ("worker_filter", sandbox.worker_filter),
+        ];
+        self.gauge(
+            "flannel_sandbox_enabled",
+            "Whether the daemon is to be confined",
+            flag(sandbox.on),
+        )?;
+        self.gauges(
+            "flannel_sandbox_part_enabled",
+            "What it is confined by",
+            parts
+                .into_iter()
+                .filter_map(|(part, on)| Some(([("part", part.to_owned())], flag(on?)))),
+        )?;
+        self.gauges(
+            "flannel_sandbox_capability",
+            "What is left to the daemon of root's capabilities",
+            sandbox
+                .capabilities
+                .iter()
+                .map(|name| ([("capability", name.clone())], 1.0)),
+        )?;
+        self.counters(
+            "flannel_sandbox_refused_calls",
+            "System calls that workers were refused",
+            sandbox
+                .refused
+                .iter()
+                .map(|(call, count)| ([("call", call.clone())], *count)),
         )
     }
 

@@ -31,10 +31,31 @@ pub struct Status {
     pub backend: Option<Backend>,
     /// How often traffic rules that others had changed were put back.
     pub rule_repairs: u64,
+    /// What it is confined by.
+    pub sandbox: Sandbox,
     /// Where configuration and leases are.
     pub registry: Registry,
     /// The other hosts, by subnet.
     pub peers: Vec<Peer>,
+}
+
+/// What the daemon has given up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sandbox {
+    /// Whether it is wanted (`--sandbox`).
+    pub on: bool,
+    /// What is left of root's capabilities, without `CAP_`. Workers have none while it is on.
+    pub capabilities: Vec<String>,
+    /// Whether programs that the daemon starts can gain no rights.
+    pub no_new_privs: bool,
+    /// Whether the system calls that no daemon makes are refused; once the daemon serves.
+    pub control_filter: bool,
+    /// Whether workers may only move packets; `null` while there are none.
+    pub worker_filter: Option<bool>,
+    /// What the system does not let it give up, and why.
+    pub troubles: Vec<String>,
+    /// How often workers were refused a system call, by its name.
+    pub refused: BTreeMap<String, u64>,
 }
 
 /// The external interface.

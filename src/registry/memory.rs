@@ -209,6 +209,8 @@ impl Watch for MemoryWatch {
             }
             let expiry = expiry.map(|expiry| self.registry.epoch + expiry);
             tokio::select! {
+                // Not by chance, so that a test of simulated time runs the same each time.
+                biased;
                 // The sender lives as long as `registry`, so this ends with a change only.
                 _ = self.changed.changed() => {}
                 () = sleep_until(expiry) => {}

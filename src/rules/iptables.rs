@@ -207,6 +207,12 @@ pub(super) struct Iptables {
     about: About,
 }
 
+/// Whether any variant is.
+pub(super) fn is_installed() -> bool {
+    let names = ["", "-legacy"].map(|infix| program(Family::V4, infix, ""));
+    names.iter().any(|name| Tool::find(name).is_some())
+}
+
 impl Iptables {
     /// The one that the host uses, if it is installed.
     pub(super) async fn of_host() -> Option<Iptables> {

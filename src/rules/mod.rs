@@ -34,6 +34,12 @@ pub struct Options {
     pub resync: Duration,
 }
 
+/// Whether a program may be started to look at rules, or to change them, that asks the kernel through a raw socket: legacy
+/// iptables does, also where another one is in use, since its rules are looked at.
+pub fn may_ask_by_raw_socket() -> bool {
+    iptables::is_installed()
+}
+
 /// An address family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Family {

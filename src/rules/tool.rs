@@ -47,6 +47,8 @@ impl Tool {
             .args(arguments)
             // Its messages are looked at.
             .env("LC_ALL", "C")
+            // Which it has no use for, and is seen by whoever may see its environment.
+            .env_remove("FLANNELD_ETCD_PASSWORD")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -3,14 +3,19 @@
 //! [`tun`] opens TUN queues, [`udp`] binds the tunnel's sockets and moves batches of datagrams with one call
 //! (`recvmmsg(2)`, `sendmmsg(2)`), [`ethtool`] switches a device's offloads, [`uring`] receives and writes through io_uring,
 //! [`raw`] sends whole IP packets from this host, [`rights`] gives descriptors to other processes and takes theirs, [`simd`]
-//! adds up words with wide vectors. Everything here is mechanism; what to do with a packet is decided in
+//! adds up words with wide vectors; [`capabilities`], [`seccomp`], [`access`] and [`arguments`] are what the sandbox is made of.
+//! Everything here is mechanism; what to do with a packet is decided in
 //! [`crate::engine`].
 
 #![allow(unsafe_code)]
 
+pub mod access;
+pub mod arguments;
+pub mod capabilities;
 pub mod ethtool;
 pub mod raw;
 pub mod rights;
+pub mod seccomp;
 pub mod simd;
 pub mod tun;
 pub mod udp;

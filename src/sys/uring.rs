@@ -34,7 +34,9 @@ use std::{
 };
 
 use io_uring::{
-    EnterFlags, IoUring, cqueue, opcode, squeue,
+    EnterFlags, IoUring, cqueue, opcode,
+    register::Restriction,
+    squeue,
     types::{CancelBuilder, Fd, SubmitArgs, Timespec},
 };
 
@@ -117,6 +119,12 @@ impl<Q: AsRawFd, S: AsRawFd> Ring<Q, S> {
         for (source, group) in [(&ring.packets.source, PACKETS), (&ring.datagrams.source, DATAGRAMS)] {
             source.pool.register(&ring.uring.submitter(), group as u16)?;
         }
+        let requests = [
+            opcode::ReadMulti::CODE,
+            opcode::RecvMsgMulti::CODE,
+            opcode::PollAdd::CODE,
+        ];
+        enable(&ring.uring, &requests)?;
         Ok(ring)
     }
 
@@ -285,7 +293,7 @@ impl<Q: AsRawFd, S: AsRawFd> Drop for Ring<Q, S> {
     }
 }
 
-/// A ring for this thread.
+/// A ring for this thread. It takes no requests until it is [enabled](enable).
 fn set_up(requests: u32, completions: u32) -> io::Result<IoUring> {
     IoUring::builder()
         // For one thread, which alone lets requests run: see the module. A flag in shared memory tells when there are any.
@@ -295,9 +303,27 @@ fn set_up(requests: u32, completions: u32) -> io::Result<IoUring> {
         .setup_taskrun_flag()
         // A request that is refused at once does not hold up those behind it.
         .setup_submit_all()
+        // Until it is told which it may ever be given.
+        .setup_r_disabled()
         .setup_cqsize(completions)
         .dontfork()
         .build(requests)
+}
+
+/// Lets the ring take requests of these kinds, and no others for as long as it lives: what goes through a ring passes a seccomp
+/// filter by, and could be any system call (Linux 5.10).
+fn enable(uring: &IoUring, requests: &[u8]) -> io::Result<()> {
+    // Cancelling is all that is asked for later on, when the ring is taken down (linux/io_uring.h).
+    const SYNC_CANCEL: u8 = 24;
+    // Multishot requests take their buffers from a pool: IOSQE_BUFFER_SELECT.
+    let mut allowed = vec![
+        Restriction::register_op(SYNC_CANCEL),
+        Restriction::sqe_flags_allowed(squeue::Flags::BUFFER_SELECT.bits()),
+    ];
+    allowed.extend(requests.iter().copied().map(Restriction::sqe_op));
+    let submitter = uring.submitter();
+    submitter.register_restrictions(&mut allowed)?;
+    submitter.register_enable_rings()
 }
 
 /// Lets the errors pass after which the same is simply tried again: a signal, the end of the time, and a kernel that is short

@@ -151,8 +151,8 @@ pub(crate) struct Daemon {
     ns: Namespace,
     dir: PathBuf,
     flags: Vec<String>,
-    /// Whether the kernel refuses io_uring to it.
-    without_io_uring: bool,
+    /// System calls that the kernel refuses to it.
+    refused: Vec<libc::c_long>,
     /// A program that runs it, with its arguments.
     under: Vec<String>,
     runs: usize,
@@ -161,6 +161,8 @@ pub(crate) struct Daemon {
     notify: Option<UnixDatagram>,
     /// Who listens there in its place, over all runs.
     supervisor: Option<Supervisor>,
+    /// Whether there is nobody to be told anything.
+    alone: bool,
 }
 
 impl Daemon {
@@ -181,12 +183,13 @@ impl Daemon {
             ns: host.ns().clone(),
             dir: lab.dir().to_owned(),
             flags,
-            without_io_uring: false,
+            refused: Vec::new(),
             under: Vec::new(),
             runs: 0,
             process: None,
             notify: None,
             supervisor: None,
+            alone: false,
         }
     }
 
@@ -200,12 +203,13 @@ impl Daemon {
             ns: self.ns.clone(),
             dir: self.dir.clone(),
             flags,
-            without_io_uring: false,
+            refused: Vec::new(),
             under: Vec::new(),
             runs: 0,
             process: None,
             notify: None,
             supervisor: None,
+            alone: false,
         }
     }
 
@@ -215,6 +219,12 @@ impl Daemon {
         self.supervisor = Some(Supervisor::listen(socket, store));
         // Only the process itself knows its number before it begins.
         self.under(&["sh", "-c", "export LISTEN_PID=$$; exec \"$@\"", "sh"])
+    }
+
+    /// Run by nobody, as from a shell: it tells nobody when it is ready.
+    pub(crate) fn unsupervised(mut self) -> Daemon {
+        self.alone = true;
+        self
     }
 
     /// Who runs it.
@@ -240,8 +250,13 @@ impl Daemon {
     }
 
     /// With a kernel that refuses io_uring to it.
-    pub(crate) fn without_io_uring(mut self) -> Daemon {
-        self.without_io_uring = true;
+    pub(crate) fn without_io_uring(self) -> Daemon {
+        self.refused(libc::SYS_io_uring_setup)
+    }
+
+    /// With a kernel that refuses it this system call.
+    pub(crate) fn refused(mut self, call: libc::c_long) -> Daemon {
+        self.refused.push(call);
         self
     }
 
@@ -275,6 +290,8 @@ impl Daemon {
             supervisor.hand_to(&mut command);
             // That of the time when it was described.
             command.env("NOTIFY_SOCKET", self.dir.join(format!("{}.0.notify", self.name)));
+        } else if self.alone {
+            command.env_remove("NOTIFY_SOCKET");
         } else {
             let socket = self.notify_socket();
             let notify = UnixDatagram::bind(&socket).unwrap();
@@ -283,8 +300,8 @@ impl Daemon {
             command.env("NOTIFY_SOCKET", socket);
             self.notify = Some(notify);
         }
-        if self.without_io_uring {
-            seccomp::refuse_io_uring(&mut command);
+        for call in &self.refused {
+            seccomp::refuse(&mut command, *call);
         }
         let log = self.dir.join(format!("{}.{}.log", self.name, self.runs));
         self.process = Some(Process::spawn(&self.name, command, &log).unwrap());

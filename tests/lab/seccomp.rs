@@ -2,8 +2,9 @@
 
 use std::{io, os::unix::process::CommandExt, process::Command};
 
-/// Refuses `io_uring_setup(2)` with `EPERM` to the command and all that it starts, as Docker's seccomp profile does.
-pub(crate) fn refuse_io_uring(command: &mut Command) {
+/// Refuses the system call of this number with `EPERM` to the command and all that it starts, as Docker's seccomp profile does with
+/// some.
+pub(crate) fn refuse(command: &mut Command, call: libc::c_long) {
     const LOAD_WORD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
     const JUMP_IF_EQUAL: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
     const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
@@ -11,7 +12,7 @@ pub(crate) fn refuse_io_uring(command: &mut Command) {
     let filter = [
         // The call's number is what seccomp_data begins with.
         instruction(LOAD_WORD, 0, 0),
-        instruction(JUMP_IF_EQUAL, libc::SYS_io_uring_setup as u32, 1),
+        instruction(JUMP_IF_EQUAL, call as u32, 1),
         instruction(RETURN, libc::SECCOMP_RET_ALLOW, 0),
         instruction(RETURN, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32, 0),
     ];

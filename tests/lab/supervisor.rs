@@ -167,7 +167,9 @@ impl Heard {
     fn hear(&mut self, message: &str, descriptors: Vec<OwnedFd>, most: usize) {
         let value = |name: &str| {
             let mut lines = message.lines();
-            lines.find_map(|line| line.strip_prefix(name)?.strip_prefix('=')).map(str::to_owned)
+            lines
+                .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
+                .map(str::to_owned)
         };
         self.told.extend(message.lines().map(str::to_owned));
         let name = value("FDNAME").unwrap_or_else(|| "stored".to_owned());
@@ -180,7 +182,14 @@ impl Heard {
                 if !known && self.store.len() < most {
                     // As systemd has them: the last one first.
                     let name = name.clone();
-                    self.store.insert(0, Kept { name, descriptor, polled });
+                    self.store.insert(
+                        0,
+                        Kept {
+                            name,
+                            descriptor,
+                            polled,
+                        },
+                    );
                 }
             }
         }

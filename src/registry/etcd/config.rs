@@ -2,6 +2,7 @@
 
 use std::{
     fmt, fs, io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
     time::Duration,
@@ -25,6 +26,9 @@ const PING_INTERVAL: Duration = Duration::from_secs(8);
 /// How long the answer to such a question may take, unless the cluster is known to be slower.
 const PING_PATIENCE: Duration = Duration::from_secs(5);
 
+/// The part of a file's mode that is for all who are neither its owner nor in its group.
+const EVERYONE: u32 = 0o007;
+
 /// Where etcd listens, if the user does not say.
 const DEFAULT_PORT: u16 = 2379;
 
@@ -45,6 +49,8 @@ pub struct EtcdConfig {
     pub username: Option<String>,
     /// `--etcd-password`.
     pub password: Option<String>,
+    /// `--etcd-password-file`: where the password is, if it is not given itself.
+    pub password_file: Option<PathBuf>,
 }
 
 impl fmt::Debug for EtcdConfig {
@@ -57,6 +63,7 @@ impl fmt::Debug for EtcdConfig {
             key_file,
             username,
             password: _,
+            password_file,
         } = self;
         f.debug_struct("EtcdConfig")
             .field("endpoints", endpoints)
@@ -65,6 +72,7 @@ impl fmt::Debug for EtcdConfig {
             .field("cert_file", cert_file)
             .field("key_file", key_file)
             .field("username", username)
+            .field("password_file", password_file)
             .finish_non_exhaustive()
     }
 }
@@ -105,7 +113,13 @@ pub enum ConfigError {
         /// The flag that is missing.
         missing: &'static str,
     },
-    /// A TLS file cannot be read.
+    /// The password's file holds none.
+    #[error("--etcd-password-file {} is empty: write the password on its first line", .path.display())]
+    NoPassword {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A file cannot be read.
     #[error("reading {flag} {} failed: {error}", .path.display())]
     Unreadable {
         /// Which flag names the file.
@@ -239,6 +253,22 @@ fn read_identity((cert, key): &(PathBuf, PathBuf)) -> Result<Identity, ConfigErr
 pub(super) struct Credentials {
     pub(super) username: String,
     pub(super) password: String,
+    /// Where the password is from: it may be replaced there at any time.
+    file: Option<PathBuf>,
+}
+
+impl Credentials {
+    /// The password as it is now; that of the start while the file cannot be read.
+    pub(super) fn current_password(&self) -> String {
+        let file = self.file.as_ref();
+        file.and_then(|path| password_in(path).ok())
+            .unwrap_or_else(|| self.password.clone())
+    }
+
+    /// Whether the password may be another one than before.
+    pub(super) fn may_change(&self) -> bool {
+        self.file.is_some()
+    }
 }
 
 impl EtcdConfig {
@@ -276,16 +306,28 @@ impl EtcdConfig {
     pub(super) fn credentials(&self) -> Result<Option<Credentials>, ConfigError> {
         // An empty value is one that is not set: that is how an environment variable is switched off in a unit file.
         let username = self.username.clone().filter(|name| !name.is_empty());
-        let password = self.password.clone().filter(|password| !password.is_empty());
+        let given = self.password.clone().filter(|password| !password.is_empty());
+        let file = self.password_file.clone().filter(|_| given.is_none());
+        let password = match &file {
+            Some(path) => Some(read_password(path)?),
+            None => given,
+        };
         match (username, password) {
-            (Some(username), Some(password)) => Ok(Some(Credentials { username, password })),
+            (Some(username), Some(password)) => Ok(Some(Credentials {
+                username,
+                password,
+                file,
+            })),
             (None, None) => Ok(None),
             (Some(_), None) => Err(ConfigError::HalfCredentials {
                 given: "--etcd-username",
-                missing: "--etcd-password",
+                missing: "--etcd-password-file or --etcd-password",
             }),
             (None, Some(_)) => Err(ConfigError::HalfCredentials {
-                given: "--etcd-password",
+                given: match self.password_file {
+                    Some(_) => "--etcd-password-file",
+                    None => "--etcd-password",
+                },
                 missing: "--etcd-username",
             }),
         }
@@ -380,6 +422,32 @@ impl EtcdConfig {
             identity,
         }))
     }
+}
+
+/// As [`password_in`], with a warning where others may read it, too.
+fn read_password(path: &Path) -> Result<String, ConfigError> {
+    let password = password_in(path)?;
+    if fs::metadata(path).is_ok_and(|file| file.mode() & EVERYONE != 0) {
+        warn!(
+            "everyone on this host may read the password in {}: `chmod 600` it",
+            path.display()
+        );
+    }
+    Ok(password)
+}
+
+/// The first line of a file.
+fn password_in(path: &Path) -> Result<String, ConfigError> {
+    let text = fs::read_to_string(path).map_err(|error| ConfigError::Unreadable {
+        flag: "--etcd-password-file",
+        path: path.to_owned(),
+        error,
+    })?;
+    let password = text.lines().next().unwrap_or_default();
+    if password.is_empty() {
+        return Err(ConfigError::NoPassword { path: path.to_owned() });
+    }
+    Ok(password.to_owned())
 }
 
 /// Reads a PEM file with at least one certificate, all of which can be used.
@@ -489,6 +557,27 @@ mod tests {
     }
 
     #[test]
+    fn a_password_is_the_first_line_of_its_file_unless_one_is_given() {
+        let path = std::env::temp_dir().join(format!("flannel-password-{}", std::process::id()));
+        let with_file = |password: Option<&str>| EtcdConfig {
+            username: Some("flannel".to_owned()),
+            password: password.map(str::to_owned),
+            password_file: Some(path.clone()),
+            ..config("192.0.2.1")
+        };
+        let password = |given| with_file(given).credentials().unwrap().unwrap().password;
+        assert!(error(&with_file(None)).contains("reading --etcd-password-file"));
+        fs::write(&path, "se cret\nanother\n").unwrap();
+        assert_eq!(password(None), "se cret");
+        assert_eq!(password(Some("")), "se cret");
+        assert_eq!(password(Some("given")), "given");
+        fs::write(&path, "\n").unwrap();
+        let message = error(&with_file(None));
+        fs::remove_file(&path).unwrap();
+        assert!(message.contains("is empty"), "{message}");
+    }
+
+    #[test]
     fn https_needs_an_authority() {
         assert!(error(&config("https://192.0.2.1:2379")).contains("needs --etcd-cafile"));
     }
@@ -504,7 +593,7 @@ mod tests {
             username: Some("root".to_owned()),
             ..config("192.0.2.1")
         };
-        assert!(error(&user).contains("--etcd-username is given without --etcd-password"));
+        assert!(error(&user).contains("--etcd-username is given without --etcd-password-file"));
     }
 
     #[test]

@@ -282,6 +282,24 @@ fn the_end_of_a_queue_is_told_once_what_came_before_is_taken() {
 }
 
 #[test]
+fn a_ring_takes_no_requests_but_those_that_it_is_for() {
+    if skipped() {
+        return;
+    }
+    let mut ring = surroundings().ring;
+    let other = 99;
+    assert!(ring.push(opcode::Nop::new().build().user_data(other)));
+    ring.uring.submit().unwrap();
+    let result = ring
+        .uring
+        .completion()
+        .find(|completion| completion.user_data() == other);
+    assert_eq!(result.unwrap().result(), -libc::EACCES);
+    let registered = ring.uring.submitter().register_probe(&mut io_uring::Probe::new());
+    assert_eq!(registered.unwrap_err().raw_os_error(), Some(libc::EACCES));
+}
+
+#[test]
 fn a_ring_that_ends_lets_go_of_its_files() {
     if skipped() {
         return;

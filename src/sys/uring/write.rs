@@ -9,7 +9,7 @@ use std::{
 
 use io_uring::{IoUring, opcode, types::Fd};
 
-use super::{passing, set_up};
+use super::{enable, passing, set_up};
 
 /// Packets in one call. 64 spreads the cost of the call to some 10 ns each; more only makes the first wait for the last.
 pub const MOST_WRITES: usize = 64;
@@ -30,8 +30,10 @@ impl<Q: AsRawFd> Writer<Q> {
     /// # Errors
     /// What the kernel says when it refuses; [`probe`](super::probe()) finds words for it.
     pub fn new(queue: Q) -> io::Result<Self> {
+        let uring = set_up(MOST_WRITES as u32, 2 * MOST_WRITES as u32)?;
+        enable(&uring, &[opcode::Writev::CODE])?;
         Ok(Self {
-            uring: set_up(MOST_WRITES as u32, 2 * MOST_WRITES as u32)?,
+            uring,
             queue,
             parts: Vec::new(),
             counts: Vec::with_capacity(MOST_WRITES),
