@@ -284,7 +284,7 @@ async fn supervise(
 ) {
     let believe = |subnets| journal.lock().unwrap().beliefs.push((begun.elapsed(), number, subnets));
     loop {
-        let before = previous.lock().unwrap().clone();
+        let before = *previous.lock().unwrap();
         let own = match acquire(&registry, &network(), &value(number), &before).await {
             Ok(own) => own,
             Err(_) => {
