@@ -74,12 +74,11 @@ impl Member {
                 public_ip: host.ip(),
             };
             let (failures, _) = mpsc::unbounded_channel();
-            let left = Descriptors::default();
             let mut backend = Udp::new(
                 &external,
                 network::Udp::default(),
                 options,
-                left,
+                Descriptors::default(),
                 failures,
                 Sandbox::default(),
             )

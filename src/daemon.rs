@@ -5,10 +5,13 @@
 //! file, say that we are ready; then follow the leases, the kernel and the external interface until a signal comes, this
 //! host's subnet or PublicIP is another host's. SIGTERM and SIGINT end it at any point.
 //!
+//! The `udp` backend carries packets [earlier](early) where an earlier run is remembered, since its device went with that run.
 //! Where the registry does not answer, what an earlier run has [remembered] takes the place of configuration, claim and lease.
 
 mod blackhole;
+mod claims;
 mod doors;
+mod early;
 mod pace;
 mod remembered;
 mod succession;
@@ -17,7 +20,7 @@ use std::{
     cell::RefCell,
     future::pending,
     io,
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{Ipv6Addr, SocketAddr},
     path::PathBuf,
     pin::{Pin, pin},
     sync::Arc,
@@ -66,7 +69,9 @@ use crate::{
 };
 
 use blackhole::Blackhole;
+use claims::{Claiming, Claims, claim, claim_after_others, keep_presence, withdraw};
 use doors::Doors;
+use early::Early;
 use pace::{Look, Pace};
 use remembered::{Beginning, Unverified};
 use succession::Stage;
@@ -74,11 +79,6 @@ use succession::Stage;
 /// How long the external address may be away before another one is taken for it: a DHCP client, or a person, removes and adds it
 /// in this time. And how long it has to be back before it is taken again.
 const AWAY: Duration = Duration::from_secs(2);
-
-/// How long, and how often, a claim to a new PublicIP is tried while another host has it: two hosts may swap addresses, and a
-/// claim that is not kept any more is forgotten within 30 s.
-const HANDOVER: Duration = Duration::from_secs(60);
-const HANDOVER_RETRY: Duration = Duration::from_secs(5);
 
 /// How long a stopping daemon waits for the registry to take its claim back.
 const LEAVE: Duration = Duration::from_secs(2);
@@ -199,8 +199,11 @@ pub async fn run(mut settings: Settings) -> Result<(), Error> {
         return Ok(());
     }
     supervisor.borrow().tell_stopping();
-    if let Err(Error::Revoked(_) | Error::Claim(_) | Error::Reconfigured) = outcome {
-        // The next start must not begin with what was just found to be another host's, or not so any more.
+    if let Err(Error::Revoked(_) | Error::Claim(_) | Error::Reconfigured) = outcome
+        && board.has_lease()
+    {
+        // The next start must not begin with what was just found to be another host's, or not so any more. What a daemon that
+        // was started twice finds there is the other one's.
         settings.memory.forget();
     }
     // An unreachable registry forgets the claims by itself.
@@ -243,6 +246,13 @@ async fn serve(
         external.name, external.address, external.mtu, external.public_ip
     );
     board.external(&external);
+    let previous = previous(settings);
+    let (failures, mut failed) = mpsc::unbounded_channel();
+    let early = match before {
+        None => Early::begin(settings, &external, &previous, &mut left, &failures),
+        // That one carries the packets.
+        Some(_) => None,
+    };
     board.waiting_for("the network's configuration");
     let Beginning {
         network,
@@ -255,12 +265,19 @@ async fn serve(
     let begun_with = network.clone();
     warn_of_overlap(&network, &external);
     let mechanism = Mechanism::choose(&settings.rules, &network).await?;
-    let previous = previous(settings);
     // Before anything is looked at: what changes from then on is told.
     let mut monitor = Monitor::open().map_err(Error::Monitor)?;
-    let (failures, mut failed) = mpsc::unbounded_channel();
     let overlays = Overlays::new(&network, &previous).ok_or(backend::Error::NoIpv4(network.backend().kind()))?;
-    let mut backend = backend_of(&network, &external, &overlays, settings, left, failures)?;
+    let (mut backend, mut begun) = match early {
+        Some(early) if early.network == network => (early.backend, Some(early.lease)),
+        other => {
+            if let Some(early) = other {
+                left = early::what_is_left(early.backend);
+            }
+            let backend = backend_of(&network, &external, &overlays, settings, left, failures.clone())?;
+            (backend, None)
+        }
+    };
     let value = LeaseValue {
         public_ipv6: settings.public_ipv6,
         backend_type: backend.kind().into(),
@@ -303,8 +320,14 @@ async fn serve(
     };
     board.lease(&own.lease, own.left, settings.renew_margin);
     warn_of_renumbering(settings, &previous, &own);
+    if begun.take_if(|begun| begun.subnets != own.lease.subnets).is_some() {
+        left = early::what_is_left(backend);
+        backend = backend_of(&network, &external, &overlays, settings, left, failures)?;
+    }
     leftovers::remove(&mut kernel, &overlays, network.backend())?;
-    backend.start(&network, &own.lease)?;
+    if begun.is_none() {
+        backend.start(&network, &own.lease)?;
+    }
     let dropped = if settings.blackhole_route {
         own.lease.subnets.nets().collect()
     } else {
@@ -493,9 +516,6 @@ struct Moved {
     /// The claim to that.
     claimed: Option<Arc<Presence>>,
 }
-
-/// The claims that are to be taken back in the end: more than one while the PublicIP changes.
-type Claims = RefCell<Vec<Arc<Presence>>>;
 
 /// A daemon that has its lease.
 struct Run<'a> {
@@ -898,53 +918,6 @@ fn backend_of(
     })
 }
 
-/// Claims the PublicIP, as long as it takes the registry to answer. `None` where the registry does not let us.
-async fn claim(
-    registry: &Arc<dyn Registry>,
-    public_ip: Ipv4Addr,
-    claims: &Claims,
-) -> Result<Option<Arc<Presence>>, Error> {
-    let mut outage = Outage::of("claiming this host's PublicIP");
-    loop {
-        match Presence::claim(registry, public_ip).await {
-            Ok(presence) => {
-                outage.over();
-                let presence = Arc::new(presence);
-                claims.borrow_mut().push(Arc::clone(&presence));
-                return Ok(Some(presence));
-            }
-            Err(ClaimError::Registry(error)) if error.is_transient() => {
-                sleep(outage.failed(&error.to_string())).await;
-            }
-            Err(ClaimError::Registry(error)) => {
-                warn!(
-                    "two hosts with one PublicIP will not be noticed, because the key hosts/{public_ip} cannot be written: {error}"
-                );
-                return Ok(None);
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
-}
-
-/// As [`claim`], of an address that another host may have had till now, and may not have noticed yet.
-async fn claim_after_others(
-    registry: &Arc<dyn Registry>,
-    public_ip: Ipv4Addr,
-    claims: &Claims,
-) -> Result<Option<Arc<Presence>>, Error> {
-    let begun = Instant::now();
-    loop {
-        match claim(registry, public_ip, claims).await {
-            Err(Error::Claim(ClaimError::InUse { hostname, .. })) if begun.elapsed() < HANDOVER => {
-                warn!("the new PublicIP {public_ip} is still claimed by host {hostname}: trying again");
-                sleep(HANDOVER_RETRY).await;
-            }
-            claimed => return claimed,
-        }
-    }
-}
-
 /// Takes this host's lease, or goes on with that of the daemon `before`, as long as it takes the registry to answer.
 async fn lease(
     registry: &dyn Registry,
@@ -993,32 +966,4 @@ async fn keep_lease(
     }
     // A reservation needs no keeping; of a lease that ran out the watch tells.
     pending().await
-}
-
-/// Takes claims back.
-async fn withdraw(claims: Vec<Arc<Presence>>) {
-    for claim in claims {
-        claim.withdraw().await;
-    }
-}
-
-/// How far the claim to the PublicIP is.
-enum Claiming {
-    /// Still to be made: the registry did not answer.
-    Wanted(Ipv4Addr),
-    /// Made; `None` where the registry does not let us.
-    Done(Option<Arc<Presence>>),
-}
-
-/// Keeps the claim for as long as this is awaited; returns when another daemon has it.
-async fn keep_presence(registry: &Arc<dyn Registry>, claims: &Claims, claiming: Claiming) -> Error {
-    let claimed = match claiming {
-        Claiming::Wanted(public_ip) => claim(registry, public_ip, claims).await,
-        Claiming::Done(claimed) => Ok(claimed),
-    };
-    match claimed {
-        Ok(Some(presence)) => presence.keep().await.into(),
-        Ok(None) => pending().await,
-        Err(error) => error,
-    }
 }

@@ -91,11 +91,17 @@ impl Supervisor {
         self.forget(QUEUES);
         self.forget(SOCKETS);
         let Descriptors { queues, sockets, .. } = descriptors;
-        let (wanted, most) = (queues.len() + sockets.len(), self.store);
-        if wanted > most {
+        // A queue and a socket of the tunnel's for each worker: to nothing else do packets come.
+        let (needed, wanted, most) = (2 * queues.len(), queues.len() + sockets.len(), self.store);
+        if needed > most {
             warn!(
-                "the supervisor's store takes {most} descriptors, and this daemon has {wanted}: a restart will lose packets. Raise \
-                 FileDescriptorStoreMax= (and {STORE} in Environment=) in its unit, or lower --workers or Backend.SourcePorts"
+                "the supervisor's store takes {most} descriptors, and this daemon needs {needed}: a restart will lose packets. Raise \
+                 FileDescriptorStoreMax= (and {STORE} in Environment=) in its unit, or lower --workers"
+            );
+        } else if wanted > most {
+            info!(
+                "the supervisor's store takes {most} descriptors of {wanted}: flows will leave by other source ports after a \
+                 restart"
             );
         }
         // Half a device is of no use, and the tunnel's own sockets come before those that nothing arrives at.

@@ -254,6 +254,10 @@ fn a_daemon_that_starts_while_etcd_is_down_serves_from_what_it_knew() {
         "{told:?}"
     );
     assert!(health(host, "/metrics").1.contains("\nflannel_degraded 1.0\n"));
+    let file = format!("--subnet-file={}", overlay.daemons[0].subnet_file().display());
+    let doctor = overlay.registry.try_flanneld(host.ns(), &["doctor", &file]);
+    let said = String::from_utf8_lossy(&doctor.stdout).into_owned();
+    assert!(said.contains("is ready, but started from the leases"), "{said}");
 
     server.restart();
     overlay.daemons[0].wait_for_log("the registry answers: configuration and lease are as they were remembered");
@@ -599,7 +603,9 @@ fn a_host_that_was_cut_off_until_another_took_its_subnet_ends_and_takes_another(
     let flows = Flows::start(&overlay.containers[1], &owner);
 
     mend(&overlay.hosts[0], etcd);
+    let mended = Instant::now();
     assert_eq!(overlay.daemons[0].wait_exit_within(2 * PATIENCE).code(), Some(1));
+    println!("noticed {:?} after the partition", mended.elapsed());
     let log = overlay.daemons[0].log();
     for part in [
         "has lost its subnet 10.5.77.0/24",

@@ -478,6 +478,32 @@ async fn a_session_outlives_its_token() {
 }
 
 #[tokio::test]
+async fn a_password_that_is_replaced_in_its_file_is_used_without_a_restart() {
+    let server = server_with_users(300);
+    let directory = TempDir::new("password");
+    let file = directory.0.join("password");
+    let add_user = |password: &str| {
+        server.etcdctl(&["user", "add", &format!("flannel:{password}")]);
+        server.etcdctl(&["user", "grant-role", "flannel", "root"]);
+    };
+    add_user("old");
+    std::fs::write(&file, "old\n").unwrap();
+    let registry = EtcdRegistry::connect(EtcdConfig {
+        username: Some("flannel".to_owned()),
+        password_file: Some(file.clone()),
+        ..config(&[server.url()])
+    })
+    .unwrap();
+    registry.put("config", b"{}").await.unwrap();
+
+    server.etcdctl(&["user", "delete", "flannel"]);
+    add_user("new");
+    denied(&registry.get("config").await.unwrap_err());
+    std::fs::write(&file, "new\n").unwrap();
+    assert!(registry.get("config").await.unwrap().is_some());
+}
+
+#[tokio::test]
 async fn a_wrong_or_missing_password_is_denied_and_names_the_flags() {
     let server = server_with_users(300);
     let message = denied(&with_user(&server, "root", "guessed").get("config").await.unwrap_err());

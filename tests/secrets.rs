@@ -10,7 +10,7 @@ use std::{
 
 use flannel::lab::Lab;
 use lab::{
-    Daemon, Registry,
+    CONFIG, Daemon, Overlay, Registry,
     etcd::{EtcdOptions, EtcdServer},
     flanneld, http_get, new_lab, output_of,
 };
@@ -119,6 +119,63 @@ fn a_password_is_taken_from_a_file_the_environment_or_a_flag_and_never_shown() {
         let given = |daemon: Daemon| flag.iter().fold(daemon, |daemon, word| daemon.with(word));
         assert_kept(&mut lab, &registry, given, name);
     }
+}
+
+/// The commands of SECURITY.md that give the daemon's user its rights.
+fn rights() -> Vec<Vec<String>> {
+    let text = include_str!("../SECURITY.md");
+    let commands = text.lines().filter_map(|line| line.trim().strip_prefix("$ etcdctl "));
+    commands
+        .map(|command| command.split(' ').map(str::to_owned).collect())
+        .collect()
+}
+
+#[test]
+fn the_rights_that_are_recommended_are_enough_and_no_more() {
+    let mut lab = new_lab("rights");
+    let mut server = EtcdServer::start_with(EtcdOptions::on_switch(&lab));
+    let switch = lab.switch().clone();
+    Registry::etcd(&server.url()).configure(&switch, CONFIG);
+    let commands = rights();
+    assert!(commands.len() > 5, "{commands:?}");
+    for mut command in commands {
+        if command.starts_with(&["user".to_owned(), "add".to_owned()]) {
+            // What it asks for at a terminal.
+            command.last_mut().unwrap().push_str(&format!(":{PASSWORD}"));
+        }
+        server.etcdctl(&command.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+    server.set_client_arguments(&["--user", &format!("root:{PASSWORD}")]);
+    let registry = Registry::etcd(&server.url())
+        .with("-etcd-username=flannel")
+        .with(format!("-etcd-password={PASSWORD}"));
+    let mut hosts = Vec::from(["h1", "h2"].map(|name| lab.host(name).unwrap()));
+    let mut daemons: Vec<Daemon> = hosts.iter().map(|host| Daemon::new(&lab, host, &registry)).collect();
+    let members = hosts.iter_mut().zip(&mut daemons);
+    let containers = members.map(|(host, daemon)| host.add_container("c", daemon.start_and_wait()).unwrap());
+    let mut overlay = Overlay {
+        containers: containers.collect(),
+        daemons,
+        hosts,
+        registry,
+        lab,
+    };
+    overlay.assert_all_reach_all();
+    let subnets = [0, 1].map(|index| overlay.subnet(index));
+    overlay.restart_all(|daemon| drop(daemon.stop()));
+    assert_eq!([0, 1].map(|index| overlay.subnet(index)), subnets);
+    overlay.assert_all_reach_all();
+    overlay.daemons.iter().for_each(Daemon::assert_content);
+    // Only root changes the network.
+    let output = overlay.registry.try_flanneld(
+        overlay.hosts[0].ns(),
+        &["network", "set", r#"{"Network":"10.6.0.0/16"}"#, "--force"],
+    );
+    assert!(
+        !output.status.success() && text(&output).contains("permission denied"),
+        "{}",
+        text(&output)
+    );
 }
 
 #[test]

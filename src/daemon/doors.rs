@@ -74,6 +74,10 @@ impl Doors {
         if let Some(port) = &self.health {
             health::serve(port, board.clone())?;
         }
+        self.status
+            .iter_mut()
+            .chain(&mut self.handover)
+            .for_each(Listener::claim);
         let status = self.status.take();
         self.serving.status =
             status.and_then(|socket| opened(socket::Server::open(socket, board.clone()), "`flanneld status`"));

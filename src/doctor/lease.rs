@@ -45,6 +45,17 @@ pub(super) fn judge(
 fn daemon(status: &Result<Status, ReadError>) -> Check {
     const NAME: &str = "daemon";
     match status {
+        Ok(Status {
+            pid,
+            ready: true,
+            degraded: Some(why),
+            ..
+        }) => Check::warn(
+            Group::Lease,
+            NAME,
+            format!("flanneld runs as process {pid} and is ready, but {why}"),
+            "packets flow by what was last known: make the registry answer, and the daemon asks it by itself whether that is still so",
+        ),
         Ok(status) if status.ready => Check::ok(
             Group::Lease,
             NAME,

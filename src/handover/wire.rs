@@ -229,7 +229,7 @@ impl Connection {
                     return Ok(Some(message));
                 }
             }
-            let mut chunk = [0; CHUNK];
+            let mut chunk = vec![0; CHUNK];
             let recv = || rights::recv(self.stream.as_fd(), &mut chunk);
             let (count, descriptors) = match self.stream.async_io(Interest::READABLE, recv).await {
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => (0, Vec::new()),

@@ -92,7 +92,8 @@ impl Listener {
         })
     }
 
-    /// The socket that another process has opened, if it is the one at `path`.
+    /// The socket that another process has opened, if it is the one at `path`. The name is that one's until it is
+    /// [claimed](Self::claim).
     pub fn adopt(path: &Path, descriptor: OwnedFd) -> Option<Self> {
         let listener = std::os::unix::net::UnixListener::from(descriptor);
         let is_it = listener
@@ -101,8 +102,13 @@ impl Listener {
         is_it.then(|| Self {
             path: path.to_owned(),
             listener,
-            left: false,
+            left: true,
         })
+    }
+
+    /// The name is this process's to remove.
+    pub fn claim(&mut self) {
+        self.left = false;
     }
 
     /// The same socket, for another process.
@@ -296,10 +302,13 @@ mod tests {
         let dir = Dir::new("handed");
         let path = dir.0.join("subnet.sock");
         let mut first = Listener::open(&path).unwrap();
-        let second = Listener::adopt(&path, first.hand().unwrap()).unwrap();
+        drop(Listener::adopt(&path, first.hand().unwrap()).unwrap());
+        assert!(path.exists(), "it was not claimed");
+        let mut second = Listener::adopt(&path, first.hand().unwrap()).unwrap();
         assert!(Listener::adopt(&dir.0.join("another.sock"), first.hand().unwrap()).is_none());
         first.leave();
         drop(first);
+        second.claim();
         let server = Server::open(second, Board::new("a test".to_owned())).unwrap();
         let asked = path.clone();
         let read = tokio::task::spawn_blocking(move || read(&asked));

@@ -2,7 +2,8 @@
 //!
 //! A filter is a program for the kernel (bpf(4), "classic"). The kernel runs it once for each call that it lets pass whatever its
 //! arguments are, and remembers that (Linux 5.11), so that the length of a filter costs nothing; before, a comparison is about a
-//! nanosecond.
+//! nanosecond. Having any filter takes 50 to 70 ns of each call (Linux 6.18, an empty read of 330 ns): with a packet of 64 bytes to a
+//! call 1 to 2 % of what carrying it takes, with superpackets nothing that could be measured.
 //!
 //! # What becomes of a refused call
 //! It fails, as another policy would make it fail. Killing the process would be the harder line, but a call that a future C library
@@ -151,12 +152,12 @@ impl Filter {
                 Err(io::Error::last_os_error())
             }
         };
-        if self.logged {
-            // Before Linux 4.14 they cannot be.
-            set(libc::SECCOMP_FILTER_FLAG_LOG).or_else(|_| set(0))
-        } else {
-            set(0)
-        }
+        // Before Linux 5.16 a filter switches off guesses of the processor in the whole thread, as a guard against code that was
+        // loaded from elsewhere; there is none here.
+        let wanted = libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW;
+        let log = if self.logged { libc::SECCOMP_FILTER_FLAG_LOG } else { 0 };
+        // Linux 4.14 has the one, and 4.17 the other.
+        set(wanted | log).or_else(|_| set(0))
     }
 }
 

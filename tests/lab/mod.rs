@@ -161,6 +161,8 @@ pub(crate) struct Daemon {
     notify: Option<UnixDatagram>,
     /// Who listens there in its place, over all runs.
     supervisor: Option<Supervisor>,
+    /// Whether there is nobody to be told anything.
+    alone: bool,
 }
 
 impl Daemon {
@@ -187,6 +189,7 @@ impl Daemon {
             process: None,
             notify: None,
             supervisor: None,
+            alone: false,
         }
     }
 
@@ -206,6 +209,7 @@ impl Daemon {
             process: None,
             notify: None,
             supervisor: None,
+            alone: false,
         }
     }
 
@@ -215,6 +219,12 @@ impl Daemon {
         self.supervisor = Some(Supervisor::listen(socket, store));
         // Only the process itself knows its number before it begins.
         self.under(&["sh", "-c", "export LISTEN_PID=$$; exec \"$@\"", "sh"])
+    }
+
+    /// Run by nobody, as from a shell: it tells nobody when it is ready.
+    pub(crate) fn unsupervised(mut self) -> Daemon {
+        self.alone = true;
+        self
     }
 
     /// Who runs it.
@@ -280,6 +290,8 @@ impl Daemon {
             supervisor.hand_to(&mut command);
             // That of the time when it was described.
             command.env("NOTIFY_SOCKET", self.dir.join(format!("{}.0.notify", self.name)));
+        } else if self.alone {
+            command.env_remove("NOTIFY_SOCKET");
         } else {
             let socket = self.notify_socket();
             let notify = UnixDatagram::bind(&socket).unwrap();

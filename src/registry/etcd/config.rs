@@ -253,6 +253,22 @@ fn read_identity((cert, key): &(PathBuf, PathBuf)) -> Result<Identity, ConfigErr
 pub(super) struct Credentials {
     pub(super) username: String,
     pub(super) password: String,
+    /// Where the password is from: it may be replaced there at any time.
+    file: Option<PathBuf>,
+}
+
+impl Credentials {
+    /// The password as it is now; that of the start while the file cannot be read.
+    pub(super) fn current_password(&self) -> String {
+        let file = self.file.as_ref();
+        file.and_then(|path| password_in(path).ok())
+            .unwrap_or_else(|| self.password.clone())
+    }
+
+    /// Whether the password may be another one than before.
+    pub(super) fn may_change(&self) -> bool {
+        self.file.is_some()
+    }
 }
 
 impl EtcdConfig {
@@ -291,12 +307,17 @@ impl EtcdConfig {
         // An empty value is one that is not set: that is how an environment variable is switched off in a unit file.
         let username = self.username.clone().filter(|name| !name.is_empty());
         let given = self.password.clone().filter(|password| !password.is_empty());
-        let password = match (given, &self.password_file) {
-            (None, Some(path)) => Some(read_password(path)?),
-            (given, _) => given,
+        let file = self.password_file.clone().filter(|_| given.is_none());
+        let password = match &file {
+            Some(path) => Some(read_password(path)?),
+            None => given,
         };
         match (username, password) {
-            (Some(username), Some(password)) => Ok(Some(Credentials { username, password })),
+            (Some(username), Some(password)) => Ok(Some(Credentials {
+                username,
+                password,
+                file,
+            })),
             (None, None) => Ok(None),
             (Some(_), None) => Err(ConfigError::HalfCredentials {
                 given: "--etcd-username",
@@ -403,8 +424,20 @@ impl EtcdConfig {
     }
 }
 
-/// The first line of a file.
+/// As [`password_in`], with a warning where others may read it, too.
 fn read_password(path: &Path) -> Result<String, ConfigError> {
+    let password = password_in(path)?;
+    if fs::metadata(path).is_ok_and(|file| file.mode() & EVERYONE != 0) {
+        warn!(
+            "everyone on this host may read the password in {}: `chmod 600` it",
+            path.display()
+        );
+    }
+    Ok(password)
+}
+
+/// The first line of a file.
+fn password_in(path: &Path) -> Result<String, ConfigError> {
     let text = fs::read_to_string(path).map_err(|error| ConfigError::Unreadable {
         flag: "--etcd-password-file",
         path: path.to_owned(),
@@ -413,12 +446,6 @@ fn read_password(path: &Path) -> Result<String, ConfigError> {
     let password = text.lines().next().unwrap_or_default();
     if password.is_empty() {
         return Err(ConfigError::NoPassword { path: path.to_owned() });
-    }
-    if fs::metadata(path).is_ok_and(|file| file.mode() & EVERYONE != 0) {
-        warn!(
-            "everyone on this host may read the password in {}: `chmod 600` it",
-            path.display()
-        );
     }
     Ok(password.to_owned())
 }

@@ -5,7 +5,7 @@
 
 use std::{
     future::Future,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
     time::Duration,
 };
 
@@ -163,6 +163,11 @@ impl Cluster {
                     self.discard(&connection).await;
                     token_renewed = true;
                 }
+                // And takes a new password from its file.
+                Err(Fault::Denied { .. }) if !fresh && !token_renewed && self.may_log_in_anew() => {
+                    self.discard(&connection).await;
+                    token_renewed = true;
+                }
                 outcome => return Ok(outcome),
             }
         }
@@ -205,12 +210,16 @@ impl Cluster {
 
     async fn connect(&self, server: usize) -> Result<Connection, Failure> {
         let patience = self.patience();
+        // A server whose kernel does not even answer is not slow but away: to wait longer for it would only be noticed later that
+        // it is back. Behind TLS the two cannot be told apart.
+        let reached = AtomicBool::new(self.servers[server].is_secure());
         let connect = async {
             let channel = self.servers[server].endpoint(patience).connect().await?;
+            reached.store(true, Ordering::Relaxed);
             self.log_in(Channel::Tonic(channel)).await
         };
         let outcome = timeout(patience, connect).await;
-        let timed_out = outcome.is_err();
+        let timed_out = outcome.is_err() && reached.load(Ordering::Relaxed);
         let outcome = outcome.unwrap_or_else(|_| Err(Fault::timed_out(patience)));
         let number = self.connections.fetch_add(1, Ordering::Relaxed);
         match outcome {
@@ -236,12 +245,12 @@ impl Cluster {
     async fn log_in(&self, channel: Channel) -> Result<Client, Fault> {
         // A server that has lost its leader would otherwise keep a watch open that never tells anything.
         let options = ConnectOptions::new().with_require_leader(true);
-        let Some(Credentials { username, password }) = &self.credentials else {
+        let Some(credentials) = &self.credentials else {
             return Ok(Client::from_channel(channel, Some(options)).await?);
         };
         let with_user = options
             .clone()
-            .with_user(username, password)
+            .with_user(&credentials.username, credentials.current_password())
             .with_auto_token_refresh(true);
         match Client::from_channel(channel.clone(), Some(with_user))
             .await
@@ -278,6 +287,10 @@ impl Cluster {
             denied: false,
             timed_out: false,
         }
+    }
+
+    fn may_log_in_anew(&self) -> bool {
+        self.credentials.as_ref().is_some_and(Credentials::may_change)
     }
 
     fn patience(&self) -> Duration {

@@ -1,0 +1,401 @@
+//! `flanneld --handover` under traffic: the new daemon goes on where the running one ends, and the running one goes on where the
+//! new one fails. Needs root.
+
+mod lab;
+
+use flannel::{
+    handover::wire::{Connection, Hello, MAJOR, ToHeir, ToRunning},
+    lab::{HostOptions, wait_until},
+    observe::status::{Status, Worker},
+};
+use lab::{
+    CONFIG, Daemon, Overlay, PATIENCE, Registry, etcd::EtcdServer, flow::Flows, new_lab, supervisor::Supervisor,
+};
+use nix::sys::signal::Signal;
+use std::{fs, os::fd::OwnedFd, path::Path};
+use tokio::net::{UnixListener, UnixStream};
+
+/// Two hosts with a container each, on an etcd.
+fn pair(name: &str, backend: &str) -> (Overlay, EtcdServer) {
+    let config = format!(r#"{{"Network":"10.5.0.0/16","Backend":{{"Type":"{backend}"}}}}"#);
+    let (overlay, etcd) = Overlay::start_on_etcd(name, &config, 2);
+    overlay.assert_all_reach_all();
+    (overlay, etcd)
+}
+
+/// Flows in both directions.
+fn both_ways(overlay: &Overlay) -> [Flows; 2] {
+    let [one, two] = &overlay.containers[..] else {
+        unreachable!("two hosts")
+    };
+    [Flows::start(one, two), Flows::start(two, one)]
+}
+
+/// The datagrams that were lost, of those sent. The connections must have held.
+fn lost(flows: [Flows; 2]) -> (usize, u64) {
+    let reports = flows.map(Flows::finish);
+    let lost = reports.iter().map(|report| report.lost.len()).sum();
+    (lost, reports.iter().map(|report| report.sent).sum())
+}
+
+fn status(overlay: &Overlay) -> Status {
+    let daemon = &overlay.daemons[0];
+    let flag = format!(
+        "--status-socket={}",
+        daemon.subnet_file().with_extension("sock").display()
+    );
+    let mut command = lab::flanneld(overlay.hosts[0].ns());
+    let output = command.args(["status", "--json", &flag]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// What the first host's daemon has counted: packets sent and received by its engine and with its peer, and requests answered.
+fn counted(status: &Status) -> [u64; 5] {
+    let engine = status.backend.as_ref().and_then(|backend| backend.engine.as_ref());
+    let total = engine.map_or_else(Worker::default, |engine| Worker::total(&engine.workers));
+    let peer = status.peers[0].traffic.unwrap_or_default();
+    let answered = status
+        .registry
+        .requests
+        .values()
+        .map(|requests| requests.answered)
+        .sum();
+    [
+        total.sent.packets,
+        total.received.packets,
+        peer.sent.packets,
+        peer.received.packets,
+        answered,
+    ]
+}
+
+/// The lease and the claim of the first host as they stand in the registry: with key, value and revision.
+fn records(overlay: &Overlay, etcd: &EtcdServer) -> [String; 2] {
+    let subnet = overlay.subnet(0).to_string().replace('/', "-");
+    [format!("subnets/{subnet}"), format!("hosts/{}", overlay.hosts[0].ip())]
+        .map(|key| etcd.etcdctl(&["get", "-w", "fields", &format!("/coreos.com/network/{key}")]))
+        .map(|fields| {
+            let fields = fields.lines().filter(|line| {
+                ["\"Key\"", "\"Value\"", "\"ModRevision\"", "\"Lease\""]
+                    .iter()
+                    .any(|name| line.starts_with(name))
+            });
+            let fields: Vec<&str> = fields.collect();
+            assert_eq!(fields.len(), 4, "{fields:?}");
+            fields.join("\n")
+        })
+}
+
+/// Lets a new daemon take over from the first host's, which then is the first host's; the one before.
+fn hand_over(overlay: &mut Overlay, name: &str, flags: &[&str]) -> Daemon {
+    let mut heir = overlay.daemons[0].heir(name);
+    heir.set_flags(&[&["--handover"], flags].concat());
+    heir.start_and_wait();
+    let mut before = std::mem::replace(&mut overlay.daemons[0], heir);
+    let ended = before.wait_exit();
+    assert_eq!(ended.code(), Some(0), "{}", before.log());
+    overlay.daemons[0].assert_content();
+    before
+}
+
+fn device(overlay: &Overlay) -> String {
+    let ns = overlay.hosts[0].ns();
+    [
+        "-d -o link show dev flannel0",
+        "-o address show dev flannel0",
+        "route show dev flannel0",
+    ]
+    .map(|command| ns.ip(command).unwrap())
+    .concat()
+}
+
+#[test]
+fn a_new_daemon_takes_everything_over_and_no_packet_is_lost() {
+    let (mut overlay, etcd) = pair("handover", "udp");
+    let (device_before, records_before, subnet) =
+        (device(&overlay), records(&overlay, &etcd), overlay.daemons[0].subnet());
+    let flows = both_ways(&overlay);
+    let mut before = status(&overlay);
+    for (number, io) in ["uring", "mmsg", "mmsg", "uring", "uring", "mmsg"]
+        .into_iter()
+        .enumerate()
+    {
+        hand_over(&mut overlay, &format!("heir{number}"), &[&format!("--io={io}")]).assert_content();
+        let now = status(&overlay);
+        assert_ne!(now.pid, before.pid);
+        let (was, is) = (counted(&before), counted(&now));
+        assert!(was.iter().zip(is).all(|(was, is)| is > *was), "{was:?}, then {is:?}");
+        assert_eq!(device(&overlay), device_before);
+        assert_eq!(records(&overlay, &etcd), records_before);
+        assert_eq!(overlay.daemons[0].subnet(), subnet);
+        before = now;
+    }
+    let (lost, sent) = lost(flows);
+    eprintln!("handover: {lost} of {sent} lost in 6 handovers");
+    assert_eq!(lost, 0, "of {sent}");
+    // What it has taken over it lets go of as any other.
+    assert!(overlay.daemons[0].stop().success());
+    assert!(!overlay.hosts[0].ns().ip("-br link").unwrap().contains("flannel0"));
+    assert_eq!(
+        etcd.etcdctl(&["get", &format!("/coreos.com/network/hosts/{}", overlay.hosts[0].ip())]),
+        ""
+    );
+    overlay.daemons[0].start_and_wait();
+}
+
+#[test]
+fn where_the_kernel_carries_the_packets_lease_and_counts_go_over() {
+    for backend in ["vxlan", "host-gw"] {
+        let (mut overlay, etcd) = pair(&format!("kernel_{backend}").replace('-', "_"), backend);
+        let records_before = records(&overlay, &etcd);
+        let flows = both_ways(&overlay);
+        let before = status(&overlay);
+        hand_over(&mut overlay, "heir", &[]);
+        let now = status(&overlay);
+        assert!(counted(&now)[4] > counted(&before)[4]);
+        assert_eq!(records(&overlay, &etcd), records_before);
+        assert_eq!(lost(flows).0, 0);
+    }
+}
+
+/// Runs what speaks the handover's language.
+fn speak<T>(work: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(work)
+}
+
+async fn connect(path: &Path) -> Connection {
+    Connection::new(UnixStream::connect(path).await.unwrap())
+}
+
+/// What the running daemon says next.
+async fn hear(connection: &mut Connection) -> Option<ToHeir> {
+    let heard = tokio::time::timeout(PATIENCE, connection.recv()).await;
+    heard.expect("the running daemon answers").unwrap()
+}
+
+/// A new daemon that has said hello and was given everything.
+async fn given(path: &Path) -> (Connection, Vec<OwnedFd>) {
+    let mut connection = connect(path).await;
+    connection.send(&ToRunning::Hello(Hello::own()), &[]).await.unwrap();
+    let Some(ToHeir::Hello(offer)) = hear(&mut connection).await else {
+        panic!("nothing is offered")
+    };
+    let descriptors: Vec<OwnedFd> = offer.descriptors.iter().map(|_| connection.take().unwrap()).collect();
+    (connection, descriptors)
+}
+
+async fn stopped(connection: &mut Connection) {
+    connection.send(&ToRunning::Prepared, &[]).await.unwrap();
+    assert!(matches!(hear(connection).await, Some(ToHeir::Stopped(_))));
+}
+
+#[test]
+fn the_running_daemon_goes_on_wherever_the_new_one_fails() {
+    let (mut overlay, etcd) = pair("fails", "udp");
+    let records_before = records(&overlay, &etcd);
+    let socket = overlay.daemons[0].handover_socket();
+    let flows = both_ways(&overlay);
+    let before = counted(&status(&overlay));
+    speak(async {
+        // It goes without a word; with everything; when the running one has stopped.
+        drop(connect(&socket).await);
+        drop(given(&socket).await);
+        let (mut connection, descriptors) = given(&socket).await;
+        stopped(&mut connection).await;
+        drop((connection, descriptors));
+        // It hangs when the running one has stopped.
+        let (mut connection, _descriptors) = given(&socket).await;
+        stopped(&mut connection).await;
+        assert!(matches!(hear(&mut connection).await, Some(ToHeir::TakenBack { .. })));
+        assert_eq!(hear(&mut connection).await, None);
+        // It talks rubbish.
+        let (mut connection, _descriptors) = given(&socket).await;
+        connection.send(&"rubbish", &[]).await.unwrap();
+        assert_eq!(hear(&mut connection).await, None);
+        // There is one new daemon at a time, and another when it is gone.
+        let (one, _descriptors) = given(&socket).await;
+        let mut other = connect(&socket).await;
+        other.send(&ToRunning::Hello(Hello::own()), &[]).await.unwrap();
+        let Some(ToHeir::Refused { reason }) = hear(&mut other).await else {
+            panic!("two at a time")
+        };
+        assert!(reason.contains("just taking over"), "{reason}");
+        drop(one);
+    });
+    // A real one, killed while it prepares: the registry does not let it go on.
+    let mut heir = overlay.daemons[0].heir("killed");
+    heir.set_flags(&["--handover", "--etcd-prefix=/nowhere"]);
+    heir.start();
+    heir.wait_for_log("no network configuration");
+    heir.kill9();
+
+    let now = counted(&status(&overlay));
+    assert!(
+        now.iter().zip(before).all(|(now, before)| *now >= before),
+        "{before:?}, then {now:?}"
+    );
+    assert!(
+        now[..4].iter().zip(before).all(|(now, before)| *now > before),
+        "{before:?}, then {now:?}"
+    );
+    let (lost, sent) = lost(flows);
+    eprintln!("failed handovers: {lost} of {sent} lost");
+    assert_eq!(lost, 0, "of {sent}");
+    overlay.daemons[0].assert_running();
+    assert_eq!(records(&overlay, &etcd), records_before);
+    // And hands over when one comes that does not fail.
+    hand_over(&mut overlay, "heir", &[]);
+}
+
+#[test]
+fn another_version_is_refused_in_words_and_the_running_daemon_goes_on() {
+    let (mut overlay, _etcd) = pair("version", "udp");
+    let socket = overlay.daemons[0].handover_socket();
+    speak(async {
+        let mut connection = connect(&socket).await;
+        let hello = serde_json::json!({"message": "hello", "major": MAJOR + 1, "version": "9.0.0", "colour": "blue"});
+        connection.send(&hello, &[]).await.unwrap();
+        let Some(ToHeir::Refused { reason }) = hear(&mut connection).await else {
+            panic!("not refused")
+        };
+        assert!(reason.contains(&format!("version {}", MAJOR + 1)), "{reason}");
+    });
+    overlay.daemons[0].wait_for_log("refusing to hand over to flanneld 9.0.0");
+    overlay.daemons[0].assert_running();
+
+    // The other way round: a running daemon of a later version, that offers all the same.
+    let mut heir = overlay.daemons[0].heir("heir");
+    let elsewhere = overlay.lab.dir().join("later.handover");
+    speak(async {
+        let listener = UnixListener::bind(&elsewhere).unwrap();
+        heir = overlay.daemons[0].heir("heir").with(format!(
+            "--status-socket={}",
+            elsewhere.with_extension("sock").display()
+        ));
+        heir.start();
+        let mut connection = Connection::new(listener.accept().await.unwrap().0);
+        let Some(ToRunning::Hello(hello)) = connection.recv().await.unwrap() else {
+            panic!("no hello")
+        };
+        assert_eq!(hello.major, MAJOR);
+        let offer = serde_json::json!({
+            "message": "hello", "major": MAJOR + 1, "version": "9.0.0", "pid": 1, "network_namespace": 1, "backend": "udp",
+            "public_ip": "192.0.2.1", "subnets": "10.5.1.0-24"
+        });
+        connection.send(&offer, &[]).await.unwrap();
+    });
+    assert_eq!(heir.wait_exit().code(), Some(1));
+    assert!(
+        heir.log().contains("the running flanneld 9.0.0 speaks version"),
+        "{}",
+        heir.log()
+    );
+    overlay.assert_all_reach_all();
+}
+
+#[test]
+fn a_new_daemon_that_would_do_something_else_says_so_and_ends() {
+    let (mut overlay, _etcd) = pair("differs", "udp");
+    let flows = both_ways(&overlay);
+    for (name, flag, said) in [
+        ("offload", "--offload=false", "--offload is another now"),
+        ("address", "--public-ip=192.168.77.99", "has the PublicIP 192.168.77.1"),
+    ] {
+        let mut heir = overlay.daemons[0].heir(name);
+        heir.set_flags(&["--handover", flag]);
+        heir.start();
+        assert_eq!(heir.wait_exit().code(), Some(1), "{}", heir.log());
+        assert!(heir.log().contains(said), "{said} is not in {}", heir.log());
+        overlay.daemons[0].assert_running();
+    }
+    // What can be another is.
+    hand_over(&mut overlay, "pinned", &["--workers=7", "--pin", "--busy-poll=10"]);
+    assert_eq!(lost(flows).0, 0);
+    overlay.daemons[0].wait_for_log("a restart makes them 7");
+}
+
+#[test]
+fn without_a_running_daemon_it_starts_as_always() {
+    let mut lab = new_lab("nobody");
+    let host = lab.host("h1").unwrap();
+    let registry = Registry::embedded(&lab);
+    registry.configure(host.ns(), CONFIG);
+    let mut daemon = Daemon::new(&lab, &host, &registry).with("--handover");
+    for _ in 0..2 {
+        daemon.start_and_wait();
+        daemon.wait_for_log("there is nothing to take over");
+        // Its socket stays behind.
+        daemon.kill9();
+    }
+}
+
+#[test]
+fn a_daemon_that_dies_in_the_midst_is_succeeded_all_the_same() {
+    let lab = new_lab("dies");
+    let registry = Registry::embedded(&lab);
+    let mut overlay = Overlay::start_hosts(lab, registry, CONFIG, &[(HostOptions::default(), &[])]);
+    let subnet = overlay.daemons[0].subnet();
+    let socket = overlay.daemons[0].handover_socket();
+    // Its last words, and all that it has.
+    let offer = speak(async {
+        let mut connection = connect(&socket).await;
+        connection.send(&ToRunning::Hello(Hello::own()), &[]).await.unwrap();
+        let Some(ToHeir::Hello(offer)) = hear(&mut connection).await else {
+            panic!("nothing is offered")
+        };
+        let descriptors: Vec<OwnedFd> = offer.descriptors.iter().map(|_| connection.take().unwrap()).collect();
+        (offer, descriptors)
+    });
+    overlay.daemons[0].kill9();
+    let mut heir = overlay.daemons[0].heir("heir");
+    fs::remove_file(&socket).unwrap();
+    speak(async {
+        let listener = UnixListener::bind(&socket).unwrap();
+        heir.start();
+        let mut connection = Connection::new(listener.accept().await.unwrap().0);
+        assert!(matches!(connection.recv().await.unwrap(), Some(ToRunning::Hello(_))));
+        let (offer, descriptors) = offer;
+        connection.send(&ToHeir::Hello(offer), &descriptors).await.unwrap();
+        assert_eq!(connection.recv().await.unwrap(), Some(ToRunning::Prepared));
+    });
+    assert_eq!(heir.wait_ready(), subnet);
+    assert!(heir.log().contains("has ended before it has handed over"));
+    overlay.daemons[0] = heir;
+    let answers = lab::output_of(&overlay.containers[0].ns, "ping", ["-n", "-c1", "-W2", "10.5.255.9"]);
+    assert!(answers.contains("Net Unreachable"), "{answers}");
+}
+
+#[test]
+fn a_supervisor_learns_of_the_new_daemon_and_keeps_its_descriptors() {
+    let (mut overlay, _etcd) = pair("mainpid", "udp");
+    overlay.daemons[0].stop();
+    let host = &overlay.hosts[0];
+    overlay.daemons[0] = Daemon::named("unit", &overlay.lab, host, &overlay.registry).supervised(64);
+    overlay.daemons[0].start_and_wait();
+    overlay.assert_all_reach_all();
+    let flows = both_ways(&overlay);
+    // By hand, outside the service.
+    let mut heir = overlay.daemons[0].heir("heir").unsupervised();
+    heir.start();
+    let pid = heir.process().pid();
+    assert!(overlay.daemons[0].wait_exit().success());
+    let supervisor: &Supervisor = overlay.daemons[0].supervisor();
+    wait_until(PATIENCE, "the supervisor to learn of the new daemon", || {
+        supervisor.was_told(&format!("MAINPID={pid}")) && supervisor.was_told("READY=1")
+    })
+    .unwrap();
+    assert!(!supervisor.was_told("STOPPING=1"));
+    heir.assert_content();
+    // Which is killed, and started again by the supervisor.
+    heir.end_with(Signal::SIGKILL);
+    overlay.daemons[0].start_and_wait();
+    let (lost, sent) = lost(flows);
+    eprintln!("handover and kill -9 under a supervisor: {lost} of {sent} lost");
+    assert!(lost <= 64, "{lost} of {sent}");
+    overlay.assert_all_reach_all();
+}
