@@ -162,7 +162,7 @@ fn the_rights_that_are_recommended_are_enough_and_no_more() {
     };
     overlay.assert_all_reach_all();
     let subnets = [0, 1].map(|index| overlay.subnet(index));
-    overlay.restart_all(|daemon| drop(daemon.stop()));
+    overlay.restart_all(|daemon| assert!(daemon.stop().success()));
     assert_eq!([0, 1].map(|index| overlay.subnet(index)), subnets);
     overlay.assert_all_reach_all();
     overlay.daemons.iter().for_each(Daemon::assert_content);
