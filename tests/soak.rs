@@ -32,7 +32,7 @@ const SAMPLES: u32 = 240;
 
 /// How much more memory a daemon may have in the last quarter of the time than in the second, in KiB, each the median of the
 /// samples. The first quarter is for buffers to grow to what the traffic needs, and for the allocator to find its size.
-const GROWTH_KIB: u64 = 1 << 10;
+const GROWTH_KIB: u64 = 2 << 10;
 
 /// Datagrams that the underlay carries in two fragments, at 200 a second.
 const LONG: usize = 2_800;

@@ -109,7 +109,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_hundred_thousand_records_take_neither_log_nor_memory() {
         let mut complaints = Complaints::default();
-        for minute in 0..100 {
+        for minute in 0..3 {
             assert!(named(&mut complaints, 0..100_000, minute) <= 20);
             assert!(complaints.due().is_some());
             tokio::time::sleep(std::time::Duration::from_secs(60)).await;

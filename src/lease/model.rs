@@ -717,7 +717,7 @@ fn cases(by_default: u32) -> ProptestConfig {
 }
 
 proptest! {
-    #![proptest_config(cases(24))]
+    #![proptest_config(cases(16))]
 
     #[test]
     fn whatever_happens_no_two_hosts_keep_one_subnet_and_all_know_one_another_in_the_end(
@@ -751,7 +751,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(cases(8))]
+    #![proptest_config(cases(6))]
 
     #[test]
     fn the_same_seed_gives_the_same_days(seed: u64, steps in prop::collection::vec(a_step(), 1..12)) {
