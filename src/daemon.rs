@@ -5,8 +5,8 @@
 //! file, say that we are ready; then follow the leases, the kernel and the external interface until a signal comes, this
 //! host's subnet or PublicIP is another host's. SIGTERM and SIGINT end it at any point.
 //!
-//! The `udp` backend carries packets [earlier](early) where an earlier run is remembered, since its device went with that run.
-//! Where the registry does not answer, what an earlier run has [remembered] takes the place of configuration, claim and lease.
+//! The `udp` backend carries packets earlier where an earlier run is remembered, since its device went with that run.
+//! Where the registry does not answer, what an earlier run has remembered takes the place of configuration, claim and lease.
 
 mod blackhole;
 mod claims;
@@ -37,7 +37,7 @@ use tracing::{info, warn};
 
 use crate::{
     backend::{self, Backend, Descriptors, Overlays, host_gw::HostGw, leftovers, udp, vxlan::Vxlan},
-    engine::Failure,
+    engine::{Failure, io::Way},
     handover::{
         self,
         heir::{self, Predecessor},
@@ -622,7 +622,7 @@ impl Run<'_> {
         Needs {
             raw_sockets: udp.is_some() || rules::may_ask_by_raw_socket(),
             port: udp.map(|udp| udp.port),
-            io_uring: udp.is_some() && self.settings.udp.io == udp::IoMode::Uring,
+            io_uring: udp.is_some() && self.settings.udp.io.way() == Way::Uring,
         }
     }
 

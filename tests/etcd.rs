@@ -7,9 +7,9 @@ use lab::{
     CONFIG, Daemon, Overlay, PATIENCE, Registry,
     certificates::Authority,
     etcd::{EtcdOptions, EtcdServer},
+    flow::Flows,
     new_lab,
     original::put_leases,
-    stream,
 };
 use std::{
     fs,
@@ -131,13 +131,12 @@ fn five_daemons_that_start_at_once_all_learn_of_one_another() {
 fn packets_flow_while_etcd_is_down_and_changes_made_at_its_return_are_seen() {
     let (mut overlay, mut server) = overlay("edown", 3);
     overlay.assert_all_reach_all();
-    let flow = stream::Stream::start(&overlay.containers[0], &overlay.containers[1], Duration::from_millis(2));
+    let flows = Flows::start(&overlay.containers[0], &overlay.containers[1]);
     server.kill();
     overlay.daemons[0].wait_for_log("watching the leases failed");
     server.restart();
     wait_until_connected(&overlay);
-    let report = flow.finish();
-    assert_eq!(report.lost, [0; 0], "of {} datagrams", report.sent);
+    flows.finish_without_loss();
     assert_watches_work(&mut overlay, &server, 2);
 }
 
@@ -145,7 +144,7 @@ fn packets_flow_while_etcd_is_down_and_changes_made_at_its_return_are_seen() {
 fn an_etcd_compacted_while_the_hosts_are_cut_off_costs_no_peer() {
     let (mut overlay, server) = overlay("compact", 3);
     overlay.assert_all_reach_all();
-    let flow = stream::Stream::start(&overlay.containers[0], &overlay.containers[1], Duration::from_millis(2));
+    let flows = Flows::start(&overlay.containers[0], &overlay.containers[1]);
     let switch = overlay.lab.switch();
     // Cut off: the hosts' packets to etcd vanish, those to one another do not.
     switch.ip("addr del 192.168.77.254/24 dev br0").unwrap();
@@ -175,8 +174,7 @@ fn an_etcd_compacted_while_the_hosts_are_cut_off_costs_no_peer() {
         daemon.wait_for_log(&format!("peer {gone} is gone"));
         daemon.wait_for_log("peer 10.5.250.0/24 at 192.168.77.250");
     }
-    let report = flow.finish();
-    assert_eq!(report.lost, [0; 0], "of {} datagrams", report.sent);
+    flows.finish_without_loss();
     for daemon in &mut overlay.daemons[..2] {
         daemon.assert_running();
     }
@@ -271,7 +269,7 @@ fn an_etcd_that_hangs_is_told_once_and_a_signal_ends_the_waiting_daemon() {
 fn packets_flow_while_etcd_hangs_and_a_signal_ends_the_daemon_all_the_same() {
     let (mut overlay, server) = overlay("paused", 3);
     overlay.assert_all_reach_all();
-    let flow = stream::Stream::start(&overlay.containers[0], &overlay.containers[1], Duration::from_millis(2));
+    let flows = Flows::start(&overlay.containers[0], &overlay.containers[1]);
     server.pause();
     for daemon in &overlay.daemons {
         daemon.wait_for_log("watching the leases failed");
@@ -282,8 +280,7 @@ fn packets_flow_while_etcd_hangs_and_a_signal_ends_the_daemon_all_the_same() {
     server.resume();
     overlay.daemons.pop();
     wait_until_connected(&overlay);
-    let report = flow.finish();
-    assert_eq!(report.lost, [0; 0], "of {} datagrams", report.sent);
+    flows.finish_without_loss();
     assert_watches_work(&mut overlay, &server, 1);
 }
 

@@ -17,7 +17,7 @@ use lab::{
     },
     http_get,
     memory::MemoryLimit,
-    new_lab, not_tested, ping,
+    new_lab, not_tested,
     plain_peer::free_subnet,
     programmed::by_hand,
     traffic::transfer,
@@ -458,7 +458,7 @@ fn a_daemon_that_is_stopped_for_long_goes_on_with_its_lease_its_claim_and_its_co
     });
     assert_eq!(overlay.daemons[0].subnet(), subnet);
     overlay.daemons.iter_mut().for_each(Daemon::assert_running);
-    assert_eq!(ping(&one.ns, three.ip, 1).received, 1);
+    assert_reaches(&one.ns, three.ip);
     assert_idle(&mut overlay.daemons[0]);
 }
 

@@ -12,13 +12,11 @@ use lab::{
     CONFIG, Daemon, Overlay, PATIENCE, Registry, assert_loses, assert_reaches,
     etcd::EtcdServer,
     faults::{
-        Holdings, Trial, assert_becomes, assert_idle, dropped, lasting, run, send_errors, status, traffic_with,
+        Holdings, Queues, Trial, assert_becomes, assert_idle, dropped, lasting, run, send_errors, status, traffic_with,
         try_for_status, wait_for_status,
     },
-    flow::Flows,
     inside, new_lab, not_tested,
     original::public_ip,
-    ping,
     plain_peer::free_subnet,
     programmed::{by_hand, plug_in, readdress, unplug},
     relay::{Mischief, Relay},
@@ -266,6 +264,8 @@ fn a_bad_network_changes_nothing(name: &str, flags: &[&str]) {
     };
     assert_reaches(&one.ns, two.ip);
 
+    let queues = Queues::between(one, two);
+    let overflow = queues.overflow();
     let streams = [
         Stream::start(one, two, Duration::from_millis(1)),
         Stream::start(two, one, Duration::from_millis(1)),
@@ -294,10 +294,15 @@ fn a_bad_network_changes_nothing(name: &str, flags: &[&str]) {
         sum(|report| report.duplicates),
         sum(|report| report.reordered)
     );
-    assert_eq!(lost, done.lost, "nothing is lost but what the network has lost");
-    assert_eq!(
-        sum(|report| report.duplicates),
-        done.doubled,
+    // On a machine that has no time for anyone queues may have overflowed besides.
+    let overflowed = queues.overflow() - overflow;
+    assert!(
+        (done.lost..=done.lost + overflowed).contains(&lost),
+        "nothing is lost but what the network has lost, and {overflowed} that overflowed queues"
+    );
+    let doubled = sum(|report| report.duplicates);
+    assert!(
+        (done.doubled.saturating_sub(overflowed)..=done.doubled).contains(&doubled),
         "what comes twice is delivered twice"
     );
     assert!(done.lost > 0 && done.doubled > 0 && done.held_back > 0, "{done:?}");
@@ -440,6 +445,8 @@ fn a_socket_that_is_full_costs_what_does_not_fit_and_nothing_that_comes() {
     let ns = overlay.hosts[0].ns();
     // What waits here fills the sockets: it holds more than their buffers, and for long.
     run(ns, "tc qdisc add dev eth0 root tbf rate 10mbit burst 16kb limit 100mb");
+    let queues = Queues::to(one);
+    let overflow = queues.overflow();
     let coming = Stream::start(two, one, Duration::from_millis(1));
     let stop = AtomicBool::new(false);
     let refused = thread::scope(|scope| {
@@ -461,7 +468,11 @@ fn a_socket_that_is_full_costs_what_does_not_fit_and_nothing_that_comes() {
         report.lost.len(),
         report.longest_silence
     );
-    assert_eq!(report.lost, [0; 0], "of {} that came meanwhile", report.sent);
+    let overflowed = queues.overflow() - overflow;
+    assert!(
+        report.lost.len() as u64 <= overflowed,
+        "{report:?}, and {overflowed} overflowed queues"
+    );
     assert!(dropped(&status(&overlay.daemons[0]), "queue_full") >= refused);
     run(ns, "tc qdisc del dev eth0 root");
     Trial::start("the sockets are empty again", one, two).over_without_loss();
@@ -576,7 +587,5 @@ fn a_peer_that_cannot_be_reached_costs_its_own_packets_and_is_counted_by_the_sys
     wait_for_status(&overlay.daemons[0], "the firewall's peer to be sent to", |status| {
         (traffic_with(status, peers[0].1).sent.packets >= VAIN).then_some(())
     });
-    assert_eq!(ping(&one.ns, two.ip, 1).received, 1);
-    let flows = Flows::start(one, two);
-    flows.finish_without_loss();
+    Trial::start("the firewall is gone", one, two).over_without_loss();
 }

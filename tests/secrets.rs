@@ -149,7 +149,7 @@ fn the_rights_that_are_recommended_are_enough_and_no_more() {
     let registry = Registry::etcd(&server.url())
         .with("-etcd-username=flannel")
         .with(format!("-etcd-password={PASSWORD}"));
-    let mut hosts = ["h1", "h2"].map(|name| lab.host(name).unwrap()).to_vec();
+    let mut hosts = Vec::from(["h1", "h2"].map(|name| lab.host(name).unwrap()));
     let mut daemons: Vec<Daemon> = hosts.iter().map(|host| Daemon::new(&lab, host, &registry)).collect();
     let members = hosts.iter_mut().zip(&mut daemons);
     let containers = members.map(|(host, daemon)| host.add_container("c", daemon.start_and_wait()).unwrap());
@@ -162,7 +162,7 @@ fn the_rights_that_are_recommended_are_enough_and_no_more() {
     };
     overlay.assert_all_reach_all();
     let subnets = [0, 1].map(|index| overlay.subnet(index));
-    overlay.restart_all(|daemon| drop(daemon.stop()));
+    overlay.restart_all(|daemon| assert!(daemon.stop().success()));
     assert_eq!([0, 1].map(|index| overlay.subnet(index)), subnets);
     overlay.assert_all_reach_all();
     overlay.daemons.iter().for_each(Daemon::assert_content);

@@ -87,6 +87,17 @@ pub enum IoMode {
     Uring,
 }
 
+impl IoMode {
+    /// The way that is tried first.
+    pub fn way(self) -> Way {
+        match self {
+            Self::Auto => BEST_WAY,
+            Self::Mmsg => Way::Mmsg,
+            Self::Uring => Way::Uring,
+        }
+    }
+}
+
 /// What the user chose.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
@@ -581,12 +592,7 @@ impl Udp {
 
 /// The way that the user wants, or the one that every kernel has, with the reason, where that is refused.
 fn choose_way<E>(wanted: IoMode, probe: impl FnOnce() -> Result<(), E>) -> (Way, Option<E>) {
-    let wanted = match wanted {
-        IoMode::Auto => BEST_WAY,
-        IoMode::Mmsg => Way::Mmsg,
-        IoMode::Uring => Way::Uring,
-    };
-    match wanted {
+    match wanted.way() {
         Way::Mmsg => (Way::Mmsg, None),
         Way::Uring => match probe() {
             Ok(()) => (Way::Uring, None),

@@ -10,13 +10,13 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::{
-    acquire::SUBNET_TTL,
+    acquire::{SUBNET_TTL, is_a_share},
     holding::Holding,
     record::{Lease, LeaseValue, SUBNETS, Subnets, subnets_of},
     watch::{OwnAddresses, Revoked},
 };
 use crate::{
-    network::{self, LoadError},
+    network::{self, LoadError, Network},
     registry::{self, Record, Registry, TtlId},
 };
 
@@ -152,20 +152,21 @@ impl Restorer {
     async fn make(&self, registry: &dyn Registry, own: &Lease) -> Result<Option<Record>, Failure> {
         let subnets = own.subnets;
         let lost = |reason: String| Failure::Lost(Revoked::new(subnets, &reason));
-        if let Some(other) = in_the_way(registry, subnets).await? {
-            return Err(lost(format!(
-                "its key is gone, and {other}, which overlaps it, is taken"
-            )));
-        }
-        match network::load(registry).await {
+        let network = match network::load(registry).await {
             Ok(parsed) if !subnets.fit(&parsed.network) => {
                 return Err(lost(
                     "its key is gone, and it does not fit the network's configuration any more".to_owned(),
                 ));
             }
+            Ok(parsed) => Some(parsed.network),
             // The configuration is for the operator to write, or to write again; this host needs it no more.
-            Ok(_) | Err(LoadError::Missing { .. } | LoadError::Invalid { .. }) => {}
+            Err(LoadError::Missing { .. } | LoadError::Invalid { .. }) => None,
             Err(LoadError::Registry(error)) => return Err(error.into()),
+        };
+        if let Some(other) = in_the_way(registry, subnets, network.as_ref()).await? {
+            return Err(lost(format!(
+                "its key is gone, and {other}, which overlaps it, is taken"
+            )));
         }
         let made = registry
             .create(&subnets.key(), &own.value.to_bytes(), Some(SUBNET_TTL))
@@ -189,10 +190,18 @@ impl Restorer {
 }
 
 /// A subnet that another record names and that overlaps ours.
-async fn in_the_way(registry: &dyn Registry, subnets: Subnets) -> Result<Option<String>, registry::Error> {
+async fn in_the_way(
+    registry: &dyn Registry,
+    subnets: Subnets,
+    network: Option<&Network>,
+) -> Result<Option<String>, registry::Error> {
     let records = registry.list(SUBNETS).await?;
-    // Keys count as taken even where their values are broken, as when a subnet is chosen.
-    let mut taken = records.iter().filter_map(|record| subnets_of(&record.key));
+    // Keys count as taken even where their values are broken, but not if they name most of the network, as when a subnet is chosen.
+    let plan = network.and_then(Network::ipv4);
+    let mut taken = records
+        .iter()
+        .filter_map(|record| subnets_of(&record.key))
+        .filter(|subnets| plan.is_none_or(|plan| is_a_share(plan, &subnets.v4())));
     let other = taken.find(|other| *other != subnets && other.overlap(&subnets));
     Ok(other.map(|other| other.to_cidrs()))
 }

@@ -114,7 +114,7 @@ impl Revoked {
 ///
 /// A watch that ends, for whatever reason, is begun again with a new picture; peers that are in both are left alone,
 /// because what is published is the whole set. Peers that are gone while the registry cannot be reached are kept till it can:
-/// nobody could tell them from those that are still there. This host's own lease is [put right](super::restore) where it can
+/// nobody could tell them from those that are still there. This host's own lease is put right where it can
 /// be, and what stands there is told to `holding`.
 ///
 /// `screen` says which leases are peers. What it refuses is said once, and never stands in the way of the others.

@@ -128,7 +128,7 @@ fn receive_errors(ns: &Namespace) -> u64 {
 }
 
 /// The second number of each processor's line, in hexadecimal.
-fn backlog_drops() -> u64 {
+pub(crate) fn backlog_drops() -> u64 {
     let softnet = fs::read_to_string("/proc/net/softnet_stat").unwrap();
     let dropped = softnet
         .lines()
