@@ -546,7 +546,7 @@ impl World {
                 && !address.is_loopback()
                 && own.is_none_or(|own| !own.overlap(&lease.subnets))
         });
-        leases.sort_by_key(|lease| (!lease.subnets.fit(&network), lease.revision));
+        leases.sort_by_key(|lease| (!lease.subnets.fit(&network), lease.created));
         let mut peers: Vec<(Subnets, std::net::Ipv4Addr)> = Vec::new();
         for lease in leases {
             if peers.iter().all(|(subnets, _)| !subnets.overlap(&lease.subnets)) {

@@ -250,7 +250,7 @@ impl Screen {
     /// Leaves only peers that do not overlap.
     fn decide(&self, settled: &mut Settled) {
         let mut ranked: Vec<Arc<Lease>> = std::mem::take(&mut settled.peers).into_values().collect();
-        ranked.sort_by_key(|lease| (!lease.subnets.fit(&self.network), lease.revision, lease.subnets));
+        ranked.sort_by_key(|lease| (!lease.subnets.fit(&self.network), lease.created, lease.subnets));
         let mut taken = AllTaken::default();
         let mut hosts = BTreeMap::new();
         for lease in ranked {
@@ -409,7 +409,9 @@ mod tests {
         Lease {
             subnets: Subnets::from_cidrs(subnets).unwrap(),
             value: LeaseValue::new(public_ip.parse().unwrap()),
-            revision: Revision(revision),
+            // Renewed since, in the other order.
+            revision: Revision(1_000 - revision),
+            created: Revision(revision),
             ttl: Some(TtlId(revision)),
         }
     }
@@ -576,7 +578,10 @@ mod tests {
         );
         assert_eq!(served(&settled), ["10.129.2.0/24"]);
         for (subnet, why) in [
-            ("10.20.2.0/24", "10.20.2.8 is, the host of 10.129.2.0/24, which is the older"),
+            (
+                "10.20.2.0/24",
+                "10.20.2.8 is, the host of 10.129.2.0/24, which is the older",
+            ),
             ("10.129.4.0/24", "is in the subnet 10.129.2.0/24 of another peer"),
             ("10.129.5.0/24", "is in its own subnet 10.129.5.0/24"),
         ] {
@@ -682,7 +687,8 @@ mod tests {
         (v4, v6, 1i64..1_000, 2u8..250).prop_map(|(v4, v6, revision, host)| Lease {
             subnets: Subnets::new(v4, v6),
             value: LeaseValue::new(Ipv4Addr::new(192, 0, 2, host)),
-            revision: Revision(revision),
+            revision: Revision(1_000 - revision),
+            created: Revision(revision),
             ttl: None,
         })
     }
@@ -700,7 +706,7 @@ mod tests {
             for (index, one) in served.iter().enumerate() {
                 prop_assert!(served[index + 1..].iter().all(|other| !one.overlap(other)));
             }
-            let rank = |lease: &Lease| (!lease.subnets.fit(&screen.network), lease.revision, lease.subnets);
+            let rank = |lease: &Lease| (!lease.subnets.fit(&screen.network), lease.created, lease.subnets);
             for (loser, _) in &settled.losers {
                 let beats = |winner: &Arc<Lease>| winner.subnets.overlap(&loser.subnets) && rank(winner) < rank(loser);
                 prop_assert!(settled.peers.values().any(beats));

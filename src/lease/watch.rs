@@ -774,8 +774,10 @@ mod tests {
         watch.expect(&["10.5.2.0-24@192.0.2.2", "10.5.3.0-24@192.0.2.3"]).await;
         tokio::time::sleep(Duration::from_secs(600)).await;
         assert!(!watch.peers.has_changed().unwrap() && !watch.holding.now().confirmed);
+            created: Revision(revision),
         watch.registry.set_available(true);
         watch.expect(&["10.5.3.0-24@192.0.2.3"]).await;
         assert!(watch.holding.now().confirmed);
     }
 }
+            created: Revision(1),

@@ -6,7 +6,7 @@
 //! mean.
 //!
 //! The semantics are etcd's, and `tests/registry.rs` runs one suite against all three:
-//! - every change has a [`Revision`], larger than all before it;
+//! - every change has a [`Revision`], larger than all before it, and a record keeps the one that it was created by;
 //! - a record is created only where none is, and replaced or deleted only at the revision that the caller has seen;
 //! - a record may be bound to a time to live, which [`Registry::refresh`] starts anew; one that is not bound (an etcd
 //!   lease of 0: a *reservation*, if it is a subnet) stays until it is deleted;
@@ -46,6 +46,8 @@ pub struct Record {
     /// The change that made this value.
     pub revision: Revision,
     /// What the record's life hangs on; `None`: it never expires.
+    /// The change that made the record, which it has had since, whatever was written into it: its age.
+    pub created: Revision,
     pub ttl: Option<TtlId>,
 }
 
