@@ -34,14 +34,14 @@ use super::{Error, Event, LONGEST_VALUE, Record, Registry, Revision, TtlId, Watc
 /// for ten of these, and for 50,000 leases.
 const MAX_ANSWER: usize = 16 << 20;
 
-/// The most keys that are listed: a /8 has 65,536 subnets of /24. With [`LONGEST_VALUE`] it bounds the memory, and a registry with
-/// more under one prefix is used for something else besides.
+/// The most keys that are listed: a /8 has 65,536 subnets of /24. With [`LONGEST_VALUE`] and [`LONGEST_KEY`] it bounds the memory
+/// of one list, to some 250 MB, and a registry with more under one prefix is used for something else besides.
 const MOST_RECORDS: usize = 1 << 18;
 
 /// The longest key that is shown. Those that this program uses have some 70 bytes; etcd allows more than a million.
 const LONGEST_KEY: usize = 256;
 
-/// How much of a value that is [too long](LONGEST_VALUE) is shown.
+/// How much of a value that is [too long](LONGEST_VALUE) is shown: with this the note is far shorter than what it stands for.
 const EXCERPT: usize = 64;
 
 /// How many keys are looked through for configurations at other prefixes; it is only for a hint.

@@ -23,10 +23,11 @@ use std::{fmt, time::Duration};
 
 use async_trait::async_trait;
 
-/// The longest value that lists and watches give, in bytes: several times the longest lease of any backend of flannel's, dual
-/// stack. A longer one is junk, of which thousands would fill the memory; a note about it, which is no JSON, stands in its place.
-/// The registry that only root can write to gives all as it is.
-pub const LONGEST_VALUE: usize = 2_048;
+/// The longest value that lists and watches give, in bytes: twice the longest lease of this program's backends and of flannel's
+/// others that have one shape (some 250 bytes: dual stack, with a MAC or a key for each family). A longer one is junk, or of a
+/// backend that is not this host's, and thousands of them would fill the memory; a note about it, which is no JSON, stands in its
+/// place. The registry that only root can write to gives all as it is.
+pub const LONGEST_VALUE: usize = 512;
 
 /// The number of a change. Grows with each change to the whole registry; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -45,9 +46,9 @@ pub struct Record {
     pub value: Vec<u8>,
     /// The change that made this value.
     pub revision: Revision,
-    /// What the record's life hangs on; `None`: it never expires.
     /// The change that made the record, which it has had since, whatever was written into it: its age.
     pub created: Revision,
+    /// What the record's life hangs on; `None`: it never expires.
     pub ttl: Option<TtlId>,
 }
 
