@@ -404,6 +404,7 @@ async fn serve(
         board,
         ruled: false,
         ready: false,
+        settled: false,
         stage: if before.is_some() {
             Stage::Preparing
         } else {
@@ -559,6 +560,8 @@ struct Run<'a> {
     /// Whether the traffic rules are in place.
     ruled: bool,
     ready: bool,
+    /// Whether the daemon has given up what it needed for setting up.
+    settled: bool,
     /// Whether another daemon is to end for this one.
     stage: Stage,
     /// What a new daemon was offered to go on with: descriptors of this generation, and the lease.
@@ -612,13 +615,16 @@ impl Run<'_> {
             Some(_) if self.stage != Stage::Alone => self.board.waiting_for("the other flanneld to hand over"),
             Some(peers) if !self.ready => {
                 let peers = peers.len();
+                if !self.settled {
+                    self.settled = true;
+                    self.settings.sandbox.settle(self.needs());
+                }
                 self.keep_file();
                 if self.file_is_due {
                     self.board.waiting_for("the subnet file to be written");
                     return;
                 }
                 self.ready = true;
-                self.settings.sandbox.settle(self.needs());
                 self.board.ready();
                 self.supervisor.borrow().tell_ready();
                 let subnets = self.lease.subnets.to_cidrs();
