@@ -299,7 +299,7 @@ mod tests {
 
     /// Counts this call, and lets all others pass.
     fn counting(number: libc::c_long) -> Filter {
-        let mut program = beginning(COUNT).unwrap();
+        let mut program = beginning(COUNT, COUNT).unwrap();
         program.extend(always(number, COUNT));
         program.push(step(RETURN, PASS));
         Filter { program, logged: false }
