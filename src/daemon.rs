@@ -249,7 +249,14 @@ async fn serve(
     let previous = previous(settings);
     let (failures, mut failed) = mpsc::unbounded_channel();
     let early = match before {
-        None => Early::begin(settings, &external, &previous, &mut left, &failures),
+        None => Early::begin(
+            settings,
+            &external,
+            &previous,
+            &mut left,
+            &failures,
+            &supervisor.borrow(),
+        ),
         // That one carries the packets.
         Some(_) => None,
     };
@@ -340,6 +347,8 @@ async fn serve(
         }
         None => None,
     };
+    // Of what was begun with the supervisor has copies.
+    let parked = begun.as_ref().map(|begun| begun.generation());
     let backend = match (begun, backend) {
         (Some(begun), _) => begun,
         (None, backend) => {
@@ -412,7 +421,7 @@ async fn serve(
         },
         offered: None,
         supervisor,
-        parked: None,
+        parked,
         interface: Outage::of("following the external interface"),
         away_since: None,
         again: None,
