@@ -167,6 +167,18 @@ pub enum Error {
     Signal(#[source] io::Error),
 }
 
+impl Error {
+    /// Whether the next start must not begin with what is remembered: it is another host's, or not so any more. What a daemon that
+    /// was started twice finds there is the other one's.
+    fn outdates_memory(&self) -> bool {
+        match self {
+            Self::Revoked(_) | Self::Reconfigured => true,
+            Self::Claim(ClaimError::InUse { here, .. }) => !here,
+            _ => false,
+        }
+    }
+}
+
 /// How a run ends well.
 enum End {
     /// Someone has stopped it.
@@ -189,7 +201,7 @@ pub async fn run(mut settings: Settings) -> Result<(), Error> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signal)?;
     let claims = Claims::default();
     let supervisor = RefCell::new(Supervisor::of_this_process());
-    // Whatever `serve` holds (the engine, and with it the device) is dropped when it ends or is abandoned here.
+    let mut serving = Box::pin(serve(&settings, &board, &claims, &supervisor));
     let outcome = tokio::select! {
         _ = terminate.recv() => stopping("SIGTERM"),
         _ = interrupt.recv() => stopping("SIGINT"),
@@ -199,15 +211,15 @@ pub async fn run(mut settings: Settings) -> Result<(), Error> {
         return Ok(());
     }
     supervisor.borrow().tell_stopping();
-    if let Err(Error::Revoked(_) | Error::Claim(_) | Error::Reconfigured) = outcome
-        && board.has_lease()
+    if let Err(error) = &outcome
+        && error.outdates_memory()
     {
-        // The next start must not begin with what was just found to be another host's, or not so any more. What a daemon that
-        // was started twice finds there is the other one's.
         settings.memory.forget();
     }
-    // An unreachable registry forgets the claims by itself.
+    // An unreachable registry forgets the claims by itself. The workers of a daemon that was stopped carry packets all the while.
     let _ = timeout(LEAVE, withdraw(claims.take())).await;
+    // With all that it holds: the engine, and with it the device.
+    drop(serving);
     outcome.map(drop)
 }
 
