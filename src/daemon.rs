@@ -205,7 +205,7 @@ pub async fn run(mut settings: Settings) -> Result<(), Error> {
     let outcome = tokio::select! {
         _ = terminate.recv() => stopping("SIGTERM"),
         _ = interrupt.recv() => stopping("SIGINT"),
-        ended = serve(&settings, &board, &claims, &supervisor) => ended,
+        ended = &mut serving => ended,
     };
     if let Ok(End::HandedOver) = outcome {
         return Ok(());
@@ -243,14 +243,10 @@ async fn serve(
     let mut before = predecessor(settings).await?;
     let mut doors = Doors::open(settings, before.as_mut()).await?;
     match &mut before {
-        Some(before) => {
-            left = before.descriptors();
-            if supervisor.borrow().is_none() {
-                *supervisor.borrow_mut() = before.supervisor();
-            }
-        }
+        Some(before) => left = before.descriptors(),
         None => doors.serve(board)?,
     }
+    let their_supervisor = before.as_ref().map(Predecessor::supervisor);
     let mut kernel = Kernel::open()?;
     let external = external::choose(&mut kernel, &settings.external)?;
     info!(
@@ -512,16 +508,24 @@ async fn serve(
             },
             stopped = &mut stopping => {
                 stopping = Box::pin(pending());
-                let stopped = stopped?;
+                let mut stopped = stopped?;
                 run.carry_on(&stopped.counts)?;
+                // At once: the other one waits for no longer than half a second.
+                stopped.tell_running().await;
+                run.apply()?;
+                run.tell_of_backend();
                 settling = Box::pin(stopped.settle());
             }
             settled = &mut settling => {
                 settling = Box::pin(pending());
                 settled?;
                 claims.borrow_mut().extend(handed.take());
-                run.is_alone();
-                doors.serve(board)?;
+                // First, since who is told that this daemon is ready may ask it.
+                if let Err(error) = doors.serve(board) {
+                    // There is no other any more that could go on.
+                    warn!("{error}: nobody answers there");
+                }
+                run.is_alone(their_supervisor.as_ref());
             }
             changes = monitor.next() => run.notice(&changes.map_err(Error::Monitor)?),
             () = sleep_until(at) => {
