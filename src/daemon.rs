@@ -55,7 +55,7 @@ use crate::{
         presence::{ClaimError, Presence},
         record::{Lease, LeaseValue},
         remembered::{Memory, Origin},
-        republish::republish,
+        republish::publish,
         screen::Screen,
         watch::{self as lease_watch, OwnAddresses, PeerSet, Revoked},
     },
@@ -785,19 +785,11 @@ async fn move_lease(
         Some(held) => Some(held),
         None => claim_after_others(&settings.registry, value.public_ip, claims).await?,
     };
-    let mut outage = Outage::of("publishing the new PublicIP");
-    loop {
-        match republish(&*settings.registry, &own, addresses, &value).await {
-            Ok(Some(lease)) => {
-                outage.over();
-                return Ok(Moved { lease, claimed });
-            }
-            // It is not ours any more, which the watch will tell.
-            Ok(None) => pending().await,
-            Err(error) if error.is_transient() => sleep(outage.failed(&error.to_string())).await,
-            Err(error) => return Err(AcquireError::from(error).into()),
-        }
-    }
+    let published = publish(&*settings.registry, &own, addresses, &value).await;
+    Ok(Moved {
+        lease: published.map_err(AcquireError::from)?,
+        claimed,
+    })
 }
 
 /// The running daemon, if it is to hand over.
