@@ -417,7 +417,11 @@ async fn serve(
             }
             () = &mut keeping => {}
             never = &mut remembering => match never {},
-            lost = &mut present => return Err(lost),
+            lost = &mut present => {
+                // Who has this host's PublicIP has its subnet, too.
+                run.let_go();
+                return Err(lost);
+            }
             Ok(()) = held.changed() => {
                 let now = held.borrow_and_update().clone();
                 let another = now.lease.ttl != run.lease.ttl;
@@ -441,7 +445,10 @@ async fn serve(
             }
             same = &mut configured => {
                 configured = Box::pin(pending());
-                same?;
+                if let Err(changed) = same {
+                    run.let_go();
+                    return Err(changed);
+                }
                 if let Some(unverified) = &mut unverified {
                     unverified.configured = true;
                 }
@@ -605,8 +612,12 @@ impl Run<'_> {
         }
     }
 
-    /// Lets no more packets out: their source would be another host's.
+    /// Lets no more packets out: their source would be another host's, or nobody's.
     fn let_go(&mut self) {
+        // The daemon that carries them sees to that itself.
+        if self.stage == Stage::Preparing {
+            return;
+        }
         // The udp backend's device goes with it; routes in the kernel would stay.
         if let Err(error) = self.backend.apply(&PeerSet::new()) {
             warn!("{error}; packets may still leave with addresses of a subnet that is another host's");
