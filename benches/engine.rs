@@ -60,6 +60,7 @@ impl Member {
                 backend_v6_data: None,
             },
             revision: Revision(1),
+            created: Revision(1),
             ttl: None,
         };
         let network = Network::parse(&format!(r#"{{"Network":"{NETWORK}"}}"#))

@@ -18,6 +18,7 @@ pub fn subnet_key(data: &[u8]) {
         key,
         value: br#"{"PublicIP":"192.0.2.1"}"#.into(),
         revision: Revision(1),
+        created: Revision(1),
         ttl: None,
     };
     match text.parse::<Subnets>() {

@@ -5,7 +5,7 @@
 //! file, say that we are ready; then follow the leases, the kernel and the external interface until a signal comes, this
 //! host's subnet or PublicIP is another host's. SIGTERM and SIGINT end it at any point.
 //!
-//! The `udp` backend carries packets earlier where an earlier run is remembered, since its device went with that run.
+//! The `udp` backend is set up earlier where an earlier run is remembered, since its device went with that run.
 //! Where the registry does not answer, what an earlier run has remembered takes the place of configuration, claim and lease.
 
 mod blackhole;
@@ -269,20 +269,31 @@ async fn serve(
     // Before anything is looked at: what changes from then on is told.
     let mut monitor = Monitor::open().map_err(Error::Monitor)?;
     let overlays = Overlays::new(&network, &previous).ok_or(backend::Error::NoIpv4(network.backend().kind()))?;
-    let (mut backend, mut begun) = match early {
-        Some(early) if early.network == network => (early.backend, Some(early.lease)),
-        other => {
-            if let Some(early) = other {
-                left = early::what_is_left(early.backend);
-            }
-            let backend = backend_of(&network, &external, &overlays, settings, left, failures.clone())?;
-            (backend, None)
+    let early = match early {
+        Some(early) if early.network != network => {
+            left = early.give_up();
+            None
+        }
+        early => early,
+    };
+    let backend = match &early {
+        Some(_) => None,
+        None => {
+            let left = std::mem::take(&mut left);
+            Some(backend_of(
+                &network,
+                &external,
+                &overlays,
+                settings,
+                left,
+                failures.clone(),
+            )?)
         }
     };
     let value = LeaseValue {
         public_ipv6: settings.public_ipv6,
-        backend_type: backend.kind().into(),
-        backend_data: backend.data(),
+        backend_type: network.backend().kind().into(),
+        backend_data: backend.as_ref().and_then(|backend| backend.data()),
         ..LeaseValue::new(external.public_ip)
     };
     // What other hosts know of this one must still be so: they cannot be told now.
@@ -325,14 +336,26 @@ async fn serve(
     };
     board.lease(&own.lease, own.left, settings.renew_margin);
     warn_of_renumbering(settings, &previous, &own);
-    if begun.take_if(|begun| begun.subnets != own.lease.subnets).is_some() {
-        left = early::what_is_left(backend);
-        backend = backend_of(&network, &external, &overlays, settings, left, failures)?;
-    }
     leftovers::remove(&mut kernel, &overlays, network.backend())?;
-    if begun.is_none() {
-        backend.start(&network, &own.lease)?;
-    }
+    let begun = match early {
+        Some(early) if early.lease.subnets == own.lease.subnets => early.into_backend(),
+        Some(early) => {
+            left = early.give_up();
+            None
+        }
+        None => None,
+    };
+    let backend = match (begun, backend) {
+        (Some(begun), _) => begun,
+        (None, backend) => {
+            let mut backend = match backend {
+                Some(backend) => backend,
+                None => backend_of(&network, &external, &overlays, settings, left, failures)?,
+            };
+            backend.start(&network, &own.lease)?;
+            backend
+        }
+    };
     let dropped = if settings.blackhole_route {
         own.lease.subnets.nets().collect()
     } else {
@@ -386,6 +409,7 @@ async fn serve(
         board,
         ruled: false,
         ready: false,
+        settled: false,
         stage: if before.is_some() {
             Stage::Preparing
         } else {
@@ -548,6 +572,8 @@ struct Run<'a> {
     /// Whether the traffic rules are in place.
     ruled: bool,
     ready: bool,
+    /// Whether the daemon has given up what it needed for setting up.
+    settled: bool,
     /// Whether another daemon is to end for this one.
     stage: Stage,
     /// What a new daemon was offered to go on with: descriptors of this generation, and the lease.
@@ -601,13 +627,16 @@ impl Run<'_> {
             Some(_) if self.stage != Stage::Alone => self.board.waiting_for("the other flanneld to hand over"),
             Some(peers) if !self.ready => {
                 let peers = peers.len();
+                if !self.settled {
+                    self.settled = true;
+                    self.settings.sandbox.settle(self.needs());
+                }
                 self.keep_file();
                 if self.file_is_due {
                     self.board.waiting_for("the subnet file to be written");
                     return;
                 }
                 self.ready = true;
-                self.settings.sandbox.settle(self.needs());
                 self.board.ready();
                 self.supervisor.borrow().tell_ready();
                 let subnets = self.lease.subnets.to_cidrs();

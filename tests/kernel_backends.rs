@@ -395,6 +395,7 @@ fn lease(number: u32) -> Lease {
             ..LeaseValue::new(Ipv4Addr::from_bits(u32::from(Ipv4Addr::new(192, 168, 0, 0)) + number))
         },
         revision: Revision(1),
+        created: Revision(1),
         ttl: None,
     }
 }

@@ -200,11 +200,16 @@ async fn each_change_has_a_larger_revision<L: Lab>() {
     let lab = L::new();
     let registry = lab.network(PREFIX);
     let mut seen = vec![Revision(0)];
+    let mut first_put = None;
     for round in 0..3_u8 {
         let made = registry.create("a", &[round], None).await.unwrap().unwrap();
         let replaced = registry.replace(&made, b"x").await.unwrap().unwrap();
         registry.put("b", &[round]).await.unwrap();
         let put = registry.get("b").await.unwrap().unwrap();
+        assert_eq!(made.created, made.revision);
+        assert_eq!(replaced.created, made.revision, "a record is as old as it was");
+        assert_eq!(registry.get("a").await.unwrap().as_ref(), Some(&replaced));
+        assert_eq!(put.created, *first_put.get_or_insert(put.revision), "whoever writes it");
         assert!(registry.delete(&replaced).await.unwrap());
         seen.extend([made.revision, replaced.revision, put.revision]);
     }

@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 const ROOM: usize = 64;
 
 /// Datagrams that a worker may have in hand when it is killed: those that came while it waited for a processor.
-const IN_HAND: usize = 64;
+const IN_HAND: u64 = 64;
 
 /// What a restart without a store may lose at 1,000 a second: the device is away in the meantime.
 const AWAY: usize = 40;
@@ -83,6 +83,7 @@ fn a_supervised_restart_loses_nothing_and_a_crash_only_what_was_in_hand() {
             return;
         }
         for (signal, times, most) in [(Signal::SIGTERM, 3, 0), (Signal::SIGKILL, 3, IN_HAND)] {
+            let before_it: u64 = overlay.daemons.iter().map(Daemon::overflowed).sum();
             let flows = BothWays::start(&overlay);
             for _ in 0..times {
                 overlay.daemons[0].end_with(signal);
@@ -92,8 +93,12 @@ fn a_supervised_restart_loses_nothing_and_a_crash_only_what_was_in_hand() {
                 assert_eq!((device(&ns), overlay.subnet(0)), (before.clone(), subnet));
             }
             let (lost, sent) = flows.lost();
-            eprintln!("{io}, {signal}: {lost} of {sent} lost in {times} restarts");
-            assert!(lost <= most, "{io}, {signal}: {lost} of {sent}");
+            // A restart that takes longer than the queues hold what comes.
+            let overflowed = overlay.daemons.iter().map(Daemon::overflowed).sum::<u64>() - before_it;
+            eprintln!(
+                "{io}, {signal}: {lost} of {sent} lost in {times} restarts, {overflowed} of them for want of room"
+            );
+            assert!(lost as u64 <= most + overflowed, "{io}, {signal}: {lost} of {sent}");
         }
         assert!(overlay.daemons[0].stop().success());
         // As when the service is stopped for good.
@@ -194,7 +199,7 @@ fn a_killed_daemon_that_is_started_afresh_loses_little_and_no_connection() {
         let flows = BothWays::start(&overlay);
         overlay.daemons[0].kill9();
         overlay.daemons[0].start_and_wait();
-        overlay.daemons[0].wait_for_log("carrying packets to 1 peer(s) as they were last known");
+        overlay.daemons[0].wait_for_log("begun with the subnet that was last known");
         // The connections must have held each time.
         losses.push(flows.lost().0 / 2);
         assert_eq!((settings(&ns), overlay.subnet(0)), (before.clone(), subnet));
@@ -218,7 +223,7 @@ fn what_was_remembered_and_is_not_so_any_more_is_exchanged() {
         .flanneld(&ns, &["leases", "reserve", "10.5.250.0/24", "--public-ip", &ip]);
     let subnet = overlay.daemons[0].start_and_wait().subnet;
     assert_eq!(subnet.trunc().to_string(), "10.5.250.0/24");
-    overlay.daemons[0].wait_for_log("carrying packets to 1 peer(s) as they were last known");
+    overlay.daemons[0].wait_for_log("begun with the subnet that was last known");
     assert!(device(&ns).contains("10.5.250.0/32"));
     wait_until(lab::PATIENCE, "the new lease to be remembered", || {
         let state = overlay.daemons[0].subnet_file().with_extension("state");

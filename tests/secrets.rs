@@ -152,7 +152,10 @@ fn the_rights_that_are_recommended_are_enough_and_no_more() {
     let mut hosts = Vec::from(["h1", "h2"].map(|name| lab.host(name).unwrap()));
     let mut daemons: Vec<Daemon> = hosts.iter().map(|host| Daemon::new(&lab, host, &registry)).collect();
     let members = hosts.iter_mut().zip(&mut daemons);
-    let containers = members.map(|(host, daemon)| host.add_container("c", daemon.start_and_wait()).unwrap());
+    let containers = members.zip(["c1", "c2"]).map(|((host, daemon), name)| {
+        let subnet = daemon.start_and_wait();
+        host.add_container(name, subnet).unwrap()
+    });
     let mut overlay = Overlay {
         containers: containers.collect(),
         daemons,

@@ -138,6 +138,8 @@ pub struct Udp {
     device: Option<Device>,
     /// Whether packets are to be carried.
     carrying: bool,
+    /// Whether they have been, so that whatever the system refuses now is tried again.
+    has_carried: bool,
     engine: Option<Engine>,
     /// Where the workers count, on which those of the next engine go on.
     observer: Option<Observer>,
@@ -215,6 +217,7 @@ impl Udp {
             started: None,
             device: None,
             carrying: false,
+            has_carried: false,
             engine: None,
             observer: None,
             repairs: Repairs::default(),
@@ -301,7 +304,13 @@ impl Backend for Udp {
 
     fn resume(&mut self) -> Result<(), Error> {
         self.carrying = true;
-        self.start_engine()
+        match self.start_engine() {
+            // What has carried packets will do so again.
+            Err(error) if self.has_carried => self.try_again(&error),
+            started => started?,
+        }
+        self.has_carried = true;
+        Ok(())
     }
 
     fn pause(&mut self) {
@@ -504,11 +513,15 @@ impl Udp {
         // Asked a last time what it has dropped.
         drop(before);
         self.say_up();
-        // Tried again, with all the rest, if the system does not let it.
         if let Err(error) = self.start_engine() {
-            self.again_after = Some(self.trouble.failed(&chain(&error)));
-            self.unsure = true;
+            self.try_again(&error);
         }
+    }
+
+    /// The system does not let it for the moment.
+    fn try_again(&mut self, error: &Error) {
+        self.again_after = Some(self.trouble.failed(&chain(error)));
+        self.unsure = true;
     }
 
     /// Tells of what these workers count.
@@ -538,7 +551,7 @@ impl Udp {
                 self.unsure = self.again_after.is_some();
                 self.trouble.over();
             }
-            Err(error) => self.again_after = Some(self.trouble.failed(&chain(&error))),
+            Err(error) => self.try_again(&error),
         }
     }
 

@@ -278,7 +278,7 @@ impl Vxlan {
                 continue;
             }
             match vtep(lease.value.backend_data.as_ref(), self.configuration.vni, self.mac) {
-                Ok(mac) => tunnels.push((subnet, mac, host, lease.revision)),
+                Ok(mac) => tunnels.push((subnet, mac, host, lease.created)),
                 Err(reason) => {
                     self.complaints
                         .say(&format!("skipping peer {subnet} at {host}: {reason}"));
@@ -286,7 +286,7 @@ impl Vxlan {
             }
         }
         // A MAC is where the older lease says, so that nobody takes a peer's packets by claiming its MAC.
-        tunnels.sort_unstable_by_key(|(_, _, _, age)| *age);
+        tunnels.sort_by_key(|(_, _, _, age)| *age);
         let mut places: HashMap<Mac, (IpNet, IpAddr)> = HashMap::new();
         for (subnet, mac, host, age) in tunnels {
             let (other, there) = *places.entry(mac).or_insert((subnet, host));

@@ -1,12 +1,19 @@
-//! Packets flow again before the registry has been asked anything: a `udp` daemon that is started again begins to carry them by
-//! what was last known, while it finds out whether that is still so. What it finds out otherwise, it does as if it had just begun.
+//! The device is there again before the registry has been asked anything: a `udp` daemon that is started again sets up its device
+//! and its sockets by what was last known, while it finds out whether that is still so. What it finds out otherwise, it does as
+//! if it had just begun.
 //!
 //! A device that goes with its daemon takes the way to all other hosts along. To read the configuration, to claim the PublicIP,
-//! and to take the lease takes a dozen answers of the registry, and the choice of a mechanism for the rules some programs.
-//! Until this host's lease runs out nobody else is given its subnet.
+//! and to take the lease takes a dozen answers of the registry, and the choice of a mechanism for the rules some programs. What
+//! comes meanwhile waits in the kernel, until the registry has told of the peers; if that takes it too long, it is carried to
+//! those that were last known. Until this host's lease runs out nobody else is given its subnet.
 
-use tokio::sync::mpsc::UnboundedSender;
-use tracing::{debug, info};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::{sync::mpsc::UnboundedSender, task::JoinHandle, time::sleep};
+use tracing::{debug, info, warn};
 
 use super::{Settings, backend_of};
 use crate::{
@@ -23,13 +30,18 @@ use crate::{
     subnet_file::Previous,
 };
 
-/// A backend that carries packets already.
+/// How long packets wait for the registry to tell of the peers. It takes some 50 ms when it is well; a device's queue of 1,000
+/// packets holds three times as long at 1,000 a second.
+const HOLD: Duration = Duration::from_millis(300);
+
+/// A backend that is set up already.
 pub(super) struct Early {
     /// Of this network.
     pub(super) network: Network,
     /// For this lease.
     pub(super) lease: Lease,
-    pub(super) backend: Box<dyn Backend>,
+    backend: Arc<Mutex<Option<Box<dyn Backend>>>>,
+    holding: JoinHandle<()>,
 }
 
 impl Early {
@@ -61,17 +73,19 @@ impl Early {
         let overlays = Overlays::new(&network, previous)?;
         let left = std::mem::take(left);
         let begun = backend_of(&network, external, &overlays, settings, left, failures.clone())
-            .and_then(|backend| carry(backend, &network, &lease, &peers));
+            .and_then(|backend| set_up(backend, &network, &lease, &peers));
         match begun {
             Ok(backend) => {
+                let backend = Arc::new(Mutex::new(Some(backend)));
+                let holding = tokio::spawn(hold(Arc::clone(&backend), peers.len()));
                 info!(
-                    "carrying packets to {} peer(s) as they were last known, while the registry is asked",
-                    peers.len()
+                    "begun with the subnet that was last known: packets wait until the registry has told of the peers"
                 );
                 Some(Self {
                     network,
                     lease,
                     backend,
+                    holding,
                 })
             }
             Err(error) => {
@@ -80,18 +94,46 @@ impl Early {
             }
         }
     }
+
+    /// The backend, which carries packets or does not yet.
+    pub(super) fn into_backend(self) -> Option<Box<dyn Backend>> {
+        self.backend.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// What it leaves to another backend that takes its place: as much as fits is used again, and a supervisor may have all of it,
+    /// too.
+    pub(super) fn give_up(self) -> Descriptors {
+        let Some(backend) = self.into_backend() else {
+            return Descriptors::default();
+        };
+        let left = backend.descriptors().unwrap_or_default();
+        // Carries what it has taken to its end.
+        drop(backend);
+        Descriptors { shared: false, ..left }
+    }
 }
 
-/// What a backend that has begun with something else leaves to the one that takes its place: as much as fits is used again, and a
-/// supervisor may have all of it, too.
-pub(super) fn what_is_left(backend: Box<dyn Backend>) -> Descriptors {
-    let left = backend.descriptors().unwrap_or_default();
-    // Carries what it has taken to its end.
-    drop(backend);
-    Descriptors { shared: false, ..left }
+impl Drop for Early {
+    fn drop(&mut self) {
+        self.holding.abort();
+    }
 }
 
-fn carry(
+/// Lets packets wait no longer than they can.
+async fn hold(backend: Arc<Mutex<Option<Box<dyn Backend>>>>, peers: usize) {
+    sleep(HOLD).await;
+    if let Some(backend) = &mut *backend.lock().unwrap_or_else(PoisonError::into_inner) {
+        match backend.resume() {
+            Ok(()) => info!(
+                "the registry has not told of the peers within {} ms: carrying packets to the {peers} that were last known",
+                HOLD.as_millis()
+            ),
+            Err(error) => warn!("cannot carry packets yet: {}", chain(&error)),
+        }
+    }
+}
+
+fn set_up(
     mut backend: Box<dyn Backend>,
     network: &Network,
     lease: &Lease,
@@ -99,6 +141,5 @@ fn carry(
 ) -> Result<Box<dyn Backend>, backend::Error> {
     backend.start(network, lease)?;
     backend.apply(peers)?;
-    backend.resume()?;
     Ok(backend)
 }

@@ -253,6 +253,7 @@ mod tests {
             subnets: Subnets::from_cidrs(subnet).unwrap(),
             value: LeaseValue::new(public_ip.parse().unwrap()),
             revision: Revision(1),
+            created: Revision(1),
             ttl: None,
         }
     }

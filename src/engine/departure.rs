@@ -7,7 +7,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net};
 
-use crate::{packet::IpPacket, route_table::RouteTable};
+use crate::{
+    packet::{IpPacket, ipv4},
+    route_table::RouteTable,
+};
 
 use super::counters::Drop;
 
@@ -49,12 +52,18 @@ impl Departure {
         let reason = match packet.dst() {
             IpAddr::V4(to) if to.is_broadcast() || self.own.is_some_and(|own| own.broadcast() == to) => Drop::Broadcast,
             to if to.is_multicast() => Drop::Multicast,
-            IpAddr::V4(to) if !is_host_v4(to) => Drop::Martian,
+            IpAddr::V4(to) if !ipv4::is_host(to) && !self.is_of_class_e(to) => Drop::Martian,
             IpAddr::V6(to) if !is_host_v6(to) => Drop::Martian,
             _ if !self.is_source(packet) => Drop::Martian,
             _ => return None,
         };
         Some(reason)
+    }
+
+    /// Whether the address is of class E, like the network.
+    fn is_of_class_e(&self, address: Ipv4Addr) -> bool {
+        let is = |address: Ipv4Addr| address.octets()[0] >= 240;
+        is(address) && self.own.is_some_and(|own| is(own.network()))
     }
 
     /// Whether whoever sent the packet could be answered at all.
@@ -64,18 +73,11 @@ impl Departure {
             // The network may lie in class E, which Linux takes for addresses like any other.
             IpPacket::V4(packet) => match self.own {
                 Some(own) if own.contains(&packet.src()) => packet.src() != own.broadcast(),
-                _ => is_host_v4(packet.src()),
+                _ => ipv4::is_host(packet.src()),
             },
             IpPacket::V6(packet) => is_host_v6(packet.src()),
         }
     }
-}
-
-/// Whether the address can be that of a single host elsewhere: not `0.0.0.0/8`, loopback, multicast (class D) or class E,
-/// which ends with the limited broadcast (RFC 6890).
-#[inline]
-fn is_host_v4(address: Ipv4Addr) -> bool {
-    !matches!(address.octets()[0], 0 | 127 | 224..)
 }
 
 /// Whether the address can be that of a single host elsewhere: not unspecified, loopback, multicast, of one link only, or an
@@ -212,6 +214,8 @@ mod tests {
         let packet = packet("240.5.1.2", "240.5.2.9");
         let view = IpPacket::parse(&packet).unwrap();
         assert_eq!(departure("240.5.1.0/24").allow(&view, &routes()), Ok(()));
+        assert_eq!(departure("240.5.1.0/24").stray(&view), None);
         assert_eq!(departure("10.5.1.0/24").allow(&view, &routes()), Err(Drop::Martian));
+        assert_eq!(departure("10.5.1.0/24").stray(&view), Some(Drop::Martian));
     }
 }

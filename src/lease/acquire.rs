@@ -108,6 +108,7 @@ pub async fn acquire(
                 subnets,
                 value: value.clone(),
                 revision: record.revision,
+                created: record.created,
                 ttl: record.ttl,
             };
             return Ok(Own {

@@ -155,6 +155,7 @@ mod tests {
             ),
             value: LeaseValue::new(Ipv4Addr::new(192, 0, 2, 1)),
             revision: Revision(1),
+            created: Revision(1),
             ttl: None,
         };
         (0..count)

@@ -393,6 +393,8 @@ pub struct Lease {
     pub value: LeaseValue,
     /// The change that made it so.
     pub revision: Revision,
+    /// The change that made the lease: its age, which renewals, by whom ever, do not change.
+    pub created: Revision,
     /// What its life hangs on; `None`: it is a reservation.
     pub ttl: Option<TtlId>,
 }
@@ -430,6 +432,7 @@ impl Lease {
             subnets: subnets.map_err(|reason| LeaseError::Key { key: key(), reason })?,
             value: LeaseValue::parse(&record.value).map_err(|reason| LeaseError::Value { key: key(), reason })?,
             revision: record.revision,
+            created: record.created,
             ttl: record.ttl,
         })
     }
@@ -618,13 +621,14 @@ mod tests {
             key: "subnets/10.5.34.0-24".into(),
             value: br#"{"PublicIP":"192.0.2.1"}"#.into(),
             revision: Revision(7),
+            created: Revision(3),
             ttl: None,
         };
         let lease = Lease::from_record(&record).unwrap();
         assert!(lease.is_reservation());
         assert_eq!(
-            (lease.subnets.to_string().as_str(), lease.revision),
-            ("10.5.34.0-24", Revision(7))
+            (lease.subnets.to_string().as_str(), lease.revision, lease.created),
+            ("10.5.34.0-24", Revision(7), Revision(3))
         );
         record.ttl = Some(TtlId(1));
         assert!(!Lease::from_record(&record).unwrap().is_reservation());

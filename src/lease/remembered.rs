@@ -185,6 +185,7 @@ struct Entry {
     key: String,
     value: Value,
     revision: i64,
+    created: i64,
     ttl: Option<i64>,
 }
 
@@ -195,6 +196,7 @@ impl From<&Lease> for Entry {
             // It is JSON, as a lease always is.
             value: serde_json::from_slice(&lease.value.to_bytes()).unwrap_or_default(),
             revision: lease.revision.0,
+            created: lease.created.0,
             ttl: lease.ttl.map(|ttl| ttl.0),
         }
     }
@@ -206,6 +208,7 @@ impl From<Entry> for Record {
             key: entry.key,
             value: entry.value.to_string().into_bytes(),
             revision: Revision(entry.revision),
+            created: Revision(entry.created),
             ttl: entry.ttl.map(TtlId),
         }
     }
@@ -412,6 +415,7 @@ mod tests {
                 ..LeaseValue::new(Ipv4Addr::new(192, 0, 2, number))
             },
             revision: Revision(number.into()),
+            created: Revision(number.into()),
             ttl: Some(TtlId(1 << 60)),
         }
     }

@@ -276,6 +276,7 @@ mod tests {
             subnets: Subnets::from_cidrs(own).unwrap(),
             value: value.clone(),
             revision: Revision(1),
+            created: Revision(1),
             ttl: None,
         };
         let (addresses, key) = (OwnAddresses::new(value.public_ip), lease.subnets.key());

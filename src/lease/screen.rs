@@ -10,7 +10,7 @@ use super::{
     record::{BackendType, Lease, Subnets},
     watch::PeerSet,
 };
-use crate::network::{Block, Network};
+use crate::network::{BackendKind, Block, Network};
 
 /// What this host is, against which the others' leases are looked at.
 #[derive(Debug, Clone)]
@@ -76,6 +76,23 @@ pub enum Unfit {
         /// Whose addresses they are.
         other: String,
         /// Why they are that one's.
+        why: &'static str,
+    },
+    /// Its subnet is where other hosts are.
+    #[error(
+        "skipping peer {subnets} at {public_ip}: it claims addresses among which {host} is, the host of {other}, which {why}. \
+         `flanneld leases release {subnets}` removes it"
+    )]
+    ClaimsHost {
+        /// As people write them.
+        subnets: String,
+        /// The lease's.
+        public_ip: Ipv4Addr,
+        /// The other's PublicIP.
+        host: Ipv4Addr,
+        /// The other's subnets.
+        other: String,
+        /// Why that one is believed.
         why: &'static str,
     },
     /// Nobody can be reached there.
@@ -166,8 +183,14 @@ impl Screen {
             .or_else(|| v6.and_then(|(network, subnet)| (!network.contains(&subnet)).then_some(IpNet::V6(network))))
     }
 
-    /// Why no other host can be reached at this address by this one.
-    fn trouble_here(&self, address: Ipv4Addr, here: &[Ipv4Net]) -> Option<String> {
+    /// Whether only peers' subnets are routed, each by itself, and not the whole overlay's block: with all backends but `udp`.
+    fn routes_subnets(&self) -> bool {
+        self.backend != BackendType::Known(BackendKind::Udp)
+    }
+
+    /// Why no other host can be reached at the address of this lease by this one.
+    fn trouble_here(&self, lease: &Lease, here: &[Ipv4Net]) -> Option<String> {
+        let address = lease.value.public_ip;
         if self.own.v4().contains(&address) {
             return Some(format!("is in this host's own subnet {}", self.own.v4()));
         }
@@ -179,6 +202,13 @@ impl Screen {
             if own.prefix_len() <= 30 && (address == own.broadcast() || address == own.network()) {
                 return Some(format!("stands for all hosts of {} (broadcast)", own.trunc()));
             }
+        }
+        if self.routes_subnets() {
+            // The block may well be the underlay's, too: whether containers have the address, the leases say.
+            let v4 = lease.subnets.v4();
+            return v4
+                .contains(&address)
+                .then(|| format!("is in its own subnet {v4}, where containers are"));
         }
         let plan = self.network.ipv4()?;
         let number = u128::from(u32::from(address));
@@ -193,22 +223,30 @@ impl Screen {
             .then(|| format!("is in the overlay {} itself, where containers are", plan.network()))
     }
 
+    /// Whether the subnet of one may hold the host of another.
+    fn may_hold_hosts(&self, peers: &PeerSet) -> bool {
+        let network = self.network.ipv4().map(|plan| plan.network());
+        let is_inside = |lease: &Arc<Lease>| network.is_some_and(|network| network.contains(&lease.value.public_ip));
+        self.routes_subnets() && peers.values().any(is_inside)
+    }
+
     /// Of leases that [pass](Self::check) by themselves, those that are served: all whose hosts can be reached from here or, where
     /// some overlap, those that are as the network's configuration wants them before the others, and the older before the younger.
+    /// Where only [subnets are routed](Self::routes_subnets), the address of a host counts as that host's in the same way.
     ///
     /// The outcome depends on the leases only, not on the order in which they came: all hosts of one link come to the same.
     pub fn settle(&self, leases: &PeerSet) -> Settled {
         let mut settled = Settled::default();
         let here = self.here.borrow();
         for (subnets, lease) in leases {
-            match self.trouble_here(lease.value.public_ip, &here) {
+            match self.trouble_here(lease, &here) {
                 None => {
                     settled.peers.insert(*subnets, Arc::clone(lease));
                 }
                 Some(why) => settled.losers.push((Arc::clone(lease), unreachable(lease, why))),
             }
         }
-        if !are_apart(settled.peers.keys()) {
+        if !are_apart(settled.peers.keys()) || self.may_hold_hosts(&settled.peers) {
             self.decide(&mut settled);
         }
         settled
@@ -217,28 +255,54 @@ impl Screen {
     /// Leaves only peers that do not overlap.
     fn decide(&self, settled: &mut Settled) {
         let mut ranked: Vec<Arc<Lease>> = std::mem::take(&mut settled.peers).into_values().collect();
-        ranked.sort_by_key(|lease| (!lease.subnets.fit(&self.network), lease.revision, lease.subnets));
+        ranked.sort_by_key(|lease| (!lease.subnets.fit(&self.network), lease.created, lease.subnets));
         let mut taken = AllTaken::default();
+        let mut hosts = BTreeMap::new();
         for lease in ranked {
-            let subnets = lease.subnets;
-            let Some(other) = taken.holder(&subnets) else {
-                taken.insert(subnets);
-                settled.peers.insert(subnets, lease);
+            if let Some(unfit) = self.in_the_way(&lease, &taken, &hosts) {
+                settled.losers.push((lease, unfit));
                 continue;
-            };
-            let by_configuration = other.fit(&self.network) && !subnets.fit(&self.network);
-            let unfit = Unfit::Overlaps {
-                subnets: subnets.to_cidrs(),
-                public_ip: lease.value.public_ip,
-                other: other.to_cidrs(),
-                why: if by_configuration {
-                    "is as the network's configuration wants subnets to be"
-                } else {
-                    "is the older lease"
-                },
-            };
-            settled.losers.push((lease, unfit));
+            }
+            taken.insert(lease.subnets);
+            hosts.entry(lease.value.public_ip).or_insert(lease.subnets);
+            settled.peers.insert(lease.subnets, lease);
         }
+    }
+
+    /// Why this lease cannot be served beside those that are believed before it: `taken` are their subnets, `hosts` their hosts.
+    fn in_the_way(&self, lease: &Lease, taken: &AllTaken, hosts: &BTreeMap<Ipv4Addr, Subnets>) -> Option<Unfit> {
+        let (subnets, public_ip) = (lease.subnets, lease.value.public_ip);
+        let why = |other: &Subnets| {
+            if other.fit(&self.network) && !subnets.fit(&self.network) {
+                "is as the network's configuration wants subnets to be"
+            } else {
+                "is the older lease"
+            }
+        };
+        if let Some(other) = taken.holder(&subnets) {
+            return Some(Unfit::Overlaps {
+                subnets: subnets.to_cidrs(),
+                public_ip,
+                other: other.to_cidrs(),
+                why: why(&other),
+            });
+        }
+        if !self.routes_subnets() {
+            return None;
+        }
+        if let Some(other) = taken.v4.holder(&Ipv4Net::from(public_ip)) {
+            let why = format!("is in the subnet {} of another peer, where containers are", other.v4());
+            return Some(unreachable(lease, why));
+        }
+        let v4 = subnets.v4();
+        let (host, other) = hosts.range(v4.network()..=v4.broadcast()).next()?;
+        Some(Unfit::ClaimsHost {
+            subnets: subnets.to_cidrs(),
+            public_ip,
+            host: *host,
+            other: other.to_cidrs(),
+            why: why(other),
+        })
     }
 }
 
@@ -350,7 +414,9 @@ mod tests {
         Lease {
             subnets: Subnets::from_cidrs(subnets).unwrap(),
             value: LeaseValue::new(public_ip.parse().unwrap()),
-            revision: Revision(revision),
+            // Renewed since, in the other order.
+            revision: Revision(1_000 - revision),
+            created: Revision(revision),
             ttl: Some(TtlId(revision)),
         }
     }
@@ -473,6 +539,68 @@ mod tests {
     }
 
     #[test]
+    fn hosts_of_a_routed_underlay_within_the_block_are_peers_where_only_subnets_are_routed() {
+        let network = Network::parse(r#"{"Network":"10.0.0.0/8","SubnetMin":"10.128.0.0"}"#)
+            .unwrap()
+            .network;
+        for kind in [BackendKind::Vxlan, BackendKind::HostGw, BackendKind::Udp] {
+            let of = |subnets: &str, public_ip: &str, age: i64| {
+                let mut lease = lease(subnets, public_ip, age);
+                lease.value.backend_type = kind.into();
+                lease
+            };
+            let screen = |here: &str| Screen::new(&network, &of("10.129.1.0/24", "10.20.1.7", 1), at(&[here]));
+            let good = [
+                // Behind a router, and below SubnetMin or not.
+                of("10.129.2.0/24", "10.20.2.8", 2),
+                of("10.129.3.0/24", "10.200.2.8", 3),
+            ];
+            for here in ["10.20.1.7/24", "10.20.1.7/8"] {
+                let settled = settle(&screen(here), &good);
+                let expected = if kind == BackendKind::Udp { 1 } else { 2 };
+                assert_eq!(settled.peers.len(), expected, "{kind:?} {here} {:?}", settled.losers);
+            }
+        }
+    }
+
+    #[test]
+    fn nobody_claims_the_addresses_of_an_older_peers_host_and_no_host_is_where_containers_are() {
+        let network = Network::parse(r#"{"Network":"10.0.0.0/8"}"#).unwrap().network;
+        let of = |subnets: &str, public_ip: &str, age: i64| {
+            let mut lease = lease(subnets, public_ip, age);
+            lease.value.backend_type = BackendKind::Vxlan.into();
+            lease
+        };
+        let screen = Screen::new(&network, &of("10.129.1.0/24", "10.20.1.7", 1), at(&["10.20.1.7/24"]));
+        let settled = settle(
+            &screen,
+            &[
+                of("10.129.2.0/24", "10.20.2.8", 2),
+                of("10.20.2.0/24", "10.20.3.66", 3),
+                of("10.129.4.0/24", "10.129.2.66", 4),
+                of("10.129.5.0/24", "10.129.5.66", 5),
+            ],
+        );
+        assert_eq!(served(&settled), ["10.129.2.0/24"]);
+        for (subnet, why) in [
+            (
+                "10.20.2.0/24",
+                "10.20.2.8 is, the host of 10.129.2.0/24, which is the older",
+            ),
+            ("10.129.4.0/24", "is in the subnet 10.129.2.0/24 of another peer"),
+            ("10.129.5.0/24", "is in its own subnet 10.129.5.0/24"),
+        ] {
+            let text = settled
+                .losers
+                .iter()
+                .map(|(_, unfit)| unfit.to_string())
+                .find(|text| text.contains(&format!("peer {subnet}")))
+                .unwrap();
+            assert!(text.contains(why), "{text}");
+        }
+    }
+
+    #[test]
     fn another_backends_lease_is_no_peers() {
         let screen = screen(NETWORK);
         let mut other = lease("10.5.2.0/24", "192.0.2.2", 7);
@@ -564,7 +692,8 @@ mod tests {
         (v4, v6, 1i64..1_000, 2u8..250).prop_map(|(v4, v6, revision, host)| Lease {
             subnets: Subnets::new(v4, v6),
             value: LeaseValue::new(Ipv4Addr::new(192, 0, 2, host)),
-            revision: Revision(revision),
+            revision: Revision(1_000 - revision),
+            created: Revision(revision),
             ttl: None,
         })
     }
@@ -582,7 +711,7 @@ mod tests {
             for (index, one) in served.iter().enumerate() {
                 prop_assert!(served[index + 1..].iter().all(|other| !one.overlap(other)));
             }
-            let rank = |lease: &Lease| (!lease.subnets.fit(&screen.network), lease.revision, lease.subnets);
+            let rank = |lease: &Lease| (!lease.subnets.fit(&screen.network), lease.created, lease.subnets);
             for (loser, _) in &settled.losers {
                 let beats = |winner: &Arc<Lease>| winner.subnets.overlap(&loser.subnets) && rank(winner) < rank(loser);
                 prop_assert!(settled.peers.values().any(beats));

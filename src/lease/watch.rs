@@ -1,7 +1,7 @@
 //! Watching all leases: what the registry holds, as the [`PeerSet`] that the backend is to serve.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     convert::Infallible,
     net::Ipv4Addr,
     sync::{
@@ -232,6 +232,8 @@ struct View {
     missing: Option<(PeerSet, Instant)>,
     /// The highest revision that was seen: the registry's is never lower, unless it has lost data.
     highest: Revision,
+    /// Those of the peers that were not served when that was last decided, and their changes.
+    losers: HashMap<Subnets, Revision>,
     complaints: Complaints,
 }
 
@@ -244,6 +246,7 @@ impl View {
             peers: PeerSet::new(),
             missing: None,
             highest: own.revision,
+            losers: HashMap::new(),
             complaints: Complaints::default(),
         }
     }
@@ -303,10 +306,14 @@ impl View {
     /// What is to be served; of what is not, and should be by itself, it is said why.
     fn served(&mut self) -> PeerSet {
         let mut settled = self.screen.settle(&self.peers);
+        let mut losers = HashMap::with_capacity(settled.losers.len());
         for (lease, unfit) in &settled.losers {
-            self.complaints
-                .say(&lease.subnets.key(), lease.revision, || unfit.to_string());
+            if self.losers.get(&lease.subnets) != Some(&lease.revision) {
+                self.complaints.say_anew(|| unfit.to_string());
+            }
+            losers.insert(lease.subnets, lease.revision);
         }
+        self.losers = losers;
         if let Some((missing, _)) = &self.missing {
             // The subnet may have another host by now, or the host another subnet.
             let addresses: HashSet<Ipv4Addr> = settled.peers.values().map(|lease| lease.value.public_ip).collect();
@@ -346,6 +353,7 @@ impl View {
                     self.peers.remove(&subnets);
                 }
                 if let Some(lease) = self.peer(&record) {
+                    self.complaints.forget(&record.key);
                     self.peers.insert(lease.subnets, Arc::new(lease));
                 }
             }
@@ -391,7 +399,7 @@ mod tests {
     use crate::{
         lease::{acquire::Own, record::LeaseValue},
         network::Network,
-        registry::{Revision, memory::MemoryRegistry},
+        registry::memory::MemoryRegistry,
     };
 
     const OWN: &str = "subnets/10.5.1.0-24";
@@ -558,6 +566,45 @@ mod tests {
                 "10.5.4.0-24@192.0.2.4",
             ])
             .await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn peers_that_are_not_served_are_counted_once_whatever_else_changes() {
+        let put = |key: &str, number: u8, revision: i64| {
+            Event::Put(Record {
+                key: format!("subnets/{key}"),
+                value: value(number),
+                revision: Revision(revision),
+                created: Revision(revision),
+                ttl: None,
+            })
+        };
+        let network = Network::parse(r#"{"Network":"10.5.0.0/16"}"#).unwrap().network;
+        let Event::Put(own) = put("10.5.1.0-24", 1, 1) else {
+            unreachable!("it is one")
+        };
+        let own = Lease::from_record(&own).unwrap();
+        let (_tell, here) = tokio::sync::watch::channel(Vec::new());
+        let screen = Screen::new(&network, &own, here);
+        let mut view = View::new(&own, OwnAddresses::new(own.value.public_ip), screen);
+        view.apply(put("10.5.2.0-24", 2, 2));
+        for number in 0..100 {
+            view.apply(put(&format!("10.5.2.{number}-32"), 66, 3));
+        }
+        assert_eq!(view.served().len(), 1);
+        assert!(view.complaints.due().is_some(), "not all are named");
+        for round in 0..100 {
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            view.complaints.sum_up();
+            view.apply(put("10.5.3.0-24", 3, 10 + round));
+            assert_eq!(view.served().len(), 2);
+            assert_eq!(view.complaints.due(), None, "round {round}");
+        }
+        for number in 0..100 {
+            view.apply(put(&format!("10.5.2.{number}-32"), 66, 500));
+        }
+        view.served();
+        assert!(view.complaints.due().is_some(), "they are others now");
     }
 
     #[tokio::test(start_paused = true)]
@@ -746,6 +793,7 @@ mod tests {
             key: format!("subnets/10.5.{number}.0-24"),
             value: value(number),
             revision: Revision(revision),
+            created: Revision(revision),
             ttl: None,
         };
         let first = vec![record(2, 701), record(3, 702), record(4, 703)];
@@ -782,6 +830,7 @@ mod tests {
             key: format!("subnets/10.5.{number}.0-24"),
             value: value(number),
             revision: Revision(revision),
+            created: Revision(revision),
             ttl: None,
         };
         let all = ["10.5.2.0-24@192.0.2.2", "10.5.3.0-24@192.0.2.3"];
@@ -829,6 +878,7 @@ mod tests {
             key: format!("subnets/10.5.{number}.0-24"),
             value: value(number),
             revision: Revision(700),
+            created: Revision(700),
             ttl: None,
         };
         let (own, peer) = (Lease::from_record(&record(1)).unwrap(), record(2));
@@ -852,6 +902,7 @@ mod tests {
             key: format!("subnets/{subnet}"),
             value: value(if subnet.starts_with("10.5.2") { 2 } else { 3 }),
             revision: Revision(1),
+            created: Revision(1),
             ttl: None,
         });
         let mut watch = start_with(registry, own, Some(first.to_vec()));

@@ -168,15 +168,9 @@ fn may_be_answered(packet: &Ipv4Packet<&[u8]>) -> bool {
         packet.protocol() == protocol::ICMP && packet.payload().first().is_none_or(|kind| is_error(*kind));
     packet.verify_checksum()
         && !packet.is_later_fragment()
-        && is_one_host(packet.src())
-        && is_one_host(packet.dst())
+        && ipv4::is_host(packet.src())
+        && ipv4::is_host(packet.dst())
         && !carries_error
-}
-
-/// Whether the address can be that of a single host elsewhere: not `0.0.0.0/8`, loopback, multicast (class D) or class E,
-/// which ends with the limited broadcast.
-fn is_one_host(address: Ipv4Addr) -> bool {
-    !matches!(address.octets()[0], 0 | 127 | 224..)
 }
 
 #[cfg(test)]

@@ -22,6 +22,13 @@ const DONT_FRAGMENT: u16 = 0x4000;
 const MORE_FRAGMENTS: u16 = 0x2000;
 const FRAGMENT_OFFSET: u16 = 0x1fff;
 
+/// Whether the address can be that of a single host elsewhere: not `0.0.0.0/8`, loopback, multicast (class D) or class E,
+/// which ends with the limited broadcast (RFC 6890).
+#[inline]
+pub fn is_host(address: Ipv4Addr) -> bool {
+    !matches!(address.octets()[0], 0 | 127 | 224..)
+}
+
 /// A view over an IPv4 packet.
 #[derive(Clone, Copy, Debug)]
 pub struct Ipv4Packet<T> {

@@ -34,14 +34,14 @@ use super::{Error, Event, LONGEST_VALUE, Record, Registry, Revision, TtlId, Watc
 /// for ten of these, and for 50,000 leases.
 const MAX_ANSWER: usize = 16 << 20;
 
-/// The most keys that are listed: a /8 has 65,536 subnets of /24. With [`LONGEST_VALUE`] it bounds the memory, and a registry with
-/// more under one prefix is used for something else besides.
+/// The most keys that are listed: a /8 has 65,536 subnets of /24. With [`LONGEST_VALUE`] and [`LONGEST_KEY`] it bounds the memory
+/// of one list, to some 250 MB, and a registry with more under one prefix is used for something else besides.
 const MOST_RECORDS: usize = 1 << 18;
 
 /// The longest key that is shown. Those that this program uses have some 70 bytes; etcd allows more than a million.
 const LONGEST_KEY: usize = 256;
 
-/// How much of a value that is [too long](LONGEST_VALUE) is shown.
+/// How much of a value that is [too long](LONGEST_VALUE) is shown: with this the note is far shorter than what it stands for.
 const EXCERPT: usize = 64;
 
 /// How many keys are looked through for configurations at other prefixes; it is only for a hint.
@@ -284,14 +284,17 @@ impl EtcdRegistry {
         // A list of numbers is whole at any moment.
         self.left_over.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    fn written(&self, key: &str, value: &[u8], lease: i64, answer: &TxnResponse) -> Record {
-        Record {
-            key: key.to_owned(),
-            value: value.to_vec(),
-            revision: Revision(answer.header().map_or(0, |header| header.revision())),
-            ttl: ttl_id(lease),
-        }
+/// What a transaction has written. `created`: of a record that was there before.
+fn written(key: &str, value: &[u8], created: Option<Revision>, lease: i64, answer: &TxnResponse) -> Record {
+    let revision = Revision(answer.header().map_or(0, |header| header.revision()));
+    Record {
+        key: key.to_owned(),
+        value: value.to_vec(),
+        revision,
+        created: created.unwrap_or(revision),
+        ttl: ttl_id(lease),
     }
 }
 
@@ -380,7 +383,7 @@ impl Registry for EtcdRegistry {
         // The new lease marks what is ours, so that a lost answer is no riddle: ask again and look whose record it is.
         let repeat = if lease == 0 { Repeat::No } else { Repeat::Yes };
         match self.transact("creating", &full, repeat, &txn).await {
-            Ok(answer) if answer.succeeded() => Ok(Some(self.written(key, value, lease, &answer))),
+            Ok(answer) if answer.succeeded() => Ok(Some(written(key, value, None, lease, &answer))),
             Ok(answer) => {
                 let there = current(&answer).filter(|there| lease != 0 && there.lease() == lease);
                 if there.is_none() && lease != 0 {
@@ -407,7 +410,9 @@ impl Registry for EtcdRegistry {
         let unchanged = Compare::mod_revision(full.as_str(), CompareOp::Equal, record.revision.0);
         let txn = Txn::new().when([unchanged]).and_then([put]);
         match self.try_transact(Repeat::No, &txn).await? {
-            Ok(answer) if answer.succeeded() => Ok(Some(self.written(&record.key, value, lease, &answer))),
+            Ok(answer) if answer.succeeded() => {
+                Ok(Some(written(&record.key, value, Some(record.created), lease, &answer)))
+            }
             Ok(_) | Err(Fault::NoLease) => Ok(None),
             Err(fault) => Err(self.error("replacing", &full, fault)),
         }
@@ -562,6 +567,7 @@ fn record(prefix: &Prefix, entry: &KeyValue) -> Record {
         key: relative(prefix, entry),
         value: entry.value().to_vec(),
         revision: Revision(entry.mod_revision()),
+        created: Revision(entry.create_revision()),
         ttl: ttl_id(entry.lease()),
     }
 }
@@ -580,6 +586,7 @@ fn short_record(prefix: &Prefix, entry: &KeyValue) -> Record {
         key: relative(prefix, entry),
         value: note.into_bytes(),
         revision: Revision(entry.mod_revision()),
+        created: Revision(entry.create_revision()),
         ttl: ttl_id(entry.lease()),
     }
 }

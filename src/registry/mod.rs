@@ -6,7 +6,7 @@
 //! mean.
 //!
 //! The semantics are etcd's, and `tests/registry.rs` runs one suite against all three:
-//! - every change has a [`Revision`], larger than all before it;
+//! - every change has a [`Revision`], larger than all before it, and a record keeps the one that it was created by;
 //! - a record is created only where none is, and replaced or deleted only at the revision that the caller has seen;
 //! - a record may be bound to a time to live, which [`Registry::refresh`] starts anew; one that is not bound (an etcd
 //!   lease of 0: a *reservation*, if it is a subnet) stays until it is deleted;
@@ -23,10 +23,11 @@ use std::{fmt, time::Duration};
 
 use async_trait::async_trait;
 
-/// The longest value that lists and watches give, in bytes: several times the longest lease of any backend of flannel's, dual
-/// stack. A longer one is junk, of which thousands would fill the memory; a note about it, which is no JSON, stands in its place.
-/// The registry that only root can write to gives all as it is.
-pub const LONGEST_VALUE: usize = 2_048;
+/// The longest value that lists and watches give, in bytes: twice the longest lease of this program's backends and of flannel's
+/// others that have one shape (some 250 bytes: dual stack, with a MAC or a key for each family). A longer one is junk, or of a
+/// backend that is not this host's, and thousands of them would fill the memory; a note about it, which is no JSON, stands in its
+/// place. The registry that only root can write to gives all as it is.
+pub const LONGEST_VALUE: usize = 512;
 
 /// The number of a change. Grows with each change to the whole registry; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -45,6 +46,8 @@ pub struct Record {
     pub value: Vec<u8>,
     /// The change that made this value.
     pub revision: Revision,
+    /// The change that made the record, which it has had since, whatever was written into it: its age.
+    pub created: Revision,
     /// What the record's life hangs on; `None`: it never expires.
     pub ttl: Option<TtlId>,
 }

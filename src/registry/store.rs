@@ -26,8 +26,18 @@ pub struct Store {
 struct Stored {
     value: Value,
     revision: i64,
+    /// `None`: written by an earlier version, which did not note it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    created: Option<i64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     ttl: Option<Ttl>,
+}
+
+impl Stored {
+    /// Of what earlier versions wrote only the last change is known.
+    fn created(&self) -> i64 {
+        self.created.unwrap_or(self.revision)
+    }
 }
 
 /// A time to live; it belongs to one record only and ends with it.
@@ -177,9 +187,11 @@ impl Store {
 
     fn write(&mut self, key: &str, value: &[u8], ttl: Option<Ttl>) -> Record {
         self.revision += 1;
+        let before = self.records.get(key).map(Stored::created);
         let stored = Stored {
             value: Value::new(value),
             revision: self.revision,
+            created: Some(before.unwrap_or(self.revision)),
             ttl,
         };
         let written = record(key, &stored);
@@ -216,6 +228,7 @@ fn record(key: &str, stored: &Stored) -> Record {
         key: key.to_owned(),
         value: stored.value.to_bytes(),
         revision: Revision(stored.revision),
+        created: Revision(stored.created()),
         ttl: stored.ttl.map(|ttl| TtlId(ttl.id)),
     }
 }

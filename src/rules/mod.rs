@@ -256,7 +256,10 @@ pub enum Error {
         source: io::Error,
     },
     /// A tool failed.
-    #[error("`{command}` failed ({status}): {said}; nothing was changed. Try it by hand, as root")]
+    #[error(
+        "`{command}` failed ({status}): {said}; nothing was changed. Try it by hand, as root; if that \
+         works, a wrapper of it may need rights that flanneld gives up: see --sandbox"
+    )]
     Failed {
         /// With its arguments.
         command: String,

@@ -19,10 +19,12 @@ const MOVING_ONCE: &[(&str, libc::c_long)] = &calls!(SYS_epoll_wait SYS_poll);
 const MOVING_ONCE: &[(&str, libc::c_long)] = &[];
 
 /// What the allocator, the standard library, signals, and the end of a thread take, also one that panics: it writes its message,
-/// unwinds, and lets go of its files. `restart_syscall` is the kernel's, for a wait that a stop of the process has interrupted.
+/// unwinds, and lets go of its files. `rt_sigaction`: upon a memory fault the standard library puts the system's own handler back, and
+/// would meet the same fault for ever without. `restart_syscall` is the kernel's, for a wait that a stop of the process has
+/// interrupted.
 const LIVING: &[(&str, libc::c_long)] = &calls!(
     SYS_munmap SYS_mremap SYS_madvise SYS_brk SYS_getrandom SYS_sched_yield SYS_restart_syscall SYS_rt_sigreturn
-    SYS_rt_sigprocmask SYS_sigaltstack SYS_gettid SYS_getpid SYS_close SYS_exit SYS_exit_group
+    SYS_rt_sigaction SYS_rt_sigprocmask SYS_sigaltstack SYS_gettid SYS_getpid SYS_close SYS_exit SYS_exit_group
 );
 
 /// What io_uring takes besides: entering a ring, and taking one down.
@@ -49,7 +51,7 @@ const RINGS: &[(&str, libc::c_long)] = &calls!(SYS_io_uring_setup SYS_io_uring_e
 
 /// What the C library does, or may come to do, when a thread starts or ends and all signals are blocked.
 const QUIET: &[(&str, libc::c_long)] = &calls!(
-    SYS_clone SYS_kill SYS_membarrier SYS_prctl SYS_prlimit64 SYS_rseq SYS_rt_sigaction SYS_rt_sigtimedwait
+    SYS_clone SYS_kill SYS_membarrier SYS_prctl SYS_prlimit64 SYS_rseq SYS_rt_sigtimedwait
     SYS_sched_getaffinity SYS_sched_setaffinity SYS_sched_setparam SYS_sched_setscheduler SYS_set_robust_list
     SYS_set_tid_address SYS_tkill SYS_wait4 SYS_waitid
 );

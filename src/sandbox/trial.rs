@@ -79,9 +79,13 @@ fn work(filter: &Filter) -> io::Result<()> {
     udp::wait_writable(&socket, Duration::ZERO);
     thread::yield_now();
     // Asked for, given back in part and then wholly, and hardly touched.
-    let mut much: Vec<u8> = black_box(Vec::with_capacity(MUCH));
-    much.extend_from_slice(packet);
-    much.shrink_to(MUCH / 2);
-    drop(black_box(much));
+    let mut much: Vec<u8> = Vec::new();
+    // A system that gives so much to nobody has refused no call.
+    if much.try_reserve_exact(MUCH).is_ok() {
+        much = black_box(much);
+        much.extend_from_slice(packet);
+        much.shrink_to(MUCH / 2);
+        drop(black_box(much));
+    }
     Ok(())
 }

@@ -107,7 +107,7 @@ impl Filter {
     /// Lets pass nothing but `calls`; those that come most often first. Of what it refuses, `quiet` is not counted. For threads of a
     /// process that [watches](watch_refusals). `None` for a processor whose calls are not known here.
     pub fn allowing(calls: &[Call], quiet: &[libc::c_long]) -> Option<Self> {
-        let mut program = beginning(COUNT)?;
+        let mut program = beginning(COUNT, COUNT)?;
         for call in calls {
             program.extend(decide(call, PASS, COUNT));
         }
@@ -120,7 +120,8 @@ impl Filter {
     /// Lets pass everything but `calls`, also in the programs that are started under it. `None` for a processor whose calls are not
     /// known here.
     pub fn refusing(calls: &[libc::c_long]) -> Option<Self> {
-        let mut program = beginning(FAIL)?;
+        // A 32-bit program has other numbers, and is one of the host's own that changes traffic rules.
+        let mut program = beginning(PASS, FAIL)?;
         program.extend(calls.iter().flat_map(|&number| always(number, FAIL)));
         program.push(step(RETURN, PASS));
         Some(Self { program, logged: true })
@@ -161,16 +162,16 @@ impl Filter {
     }
 }
 
-/// What stands in front: calls of another architecture, and second numbers of calls, are refused. What follows finds the call's number
-/// loaded.
-fn beginning(refuse: u32) -> Option<Vec<libc::sock_filter>> {
+/// What stands in front: the verdicts on calls of another architecture, and on second numbers of calls. What follows finds the call's
+/// number loaded.
+fn beginning(of_others: u32, second: u32) -> Option<Vec<libc::sock_filter>> {
     Some(vec![
         step(LOAD, offset_of!(libc::seccomp_data, arch) as u32),
         branch(IF_EQUAL, ARCHITECTURE?, 1, 0),
-        step(RETURN, refuse),
+        step(RETURN, of_others),
         step(LOAD, offset_of!(libc::seccomp_data, nr) as u32),
         branch(IF_AT_LEAST, X32, 0, 1),
-        step(RETURN, refuse),
+        step(RETURN, second),
     ])
 }
 
@@ -298,7 +299,7 @@ mod tests {
 
     /// Counts this call, and lets all others pass.
     fn counting(number: libc::c_long) -> Filter {
-        let mut program = beginning(COUNT).unwrap();
+        let mut program = beginning(COUNT, COUNT).unwrap();
         program.extend(always(number, COUNT));
         program.push(step(RETURN, PASS));
         Filter { program, logged: false }

@@ -28,6 +28,7 @@ use etcd::{EtcdOptions, EtcdServer};
 use flannel::lab::{
     self, Container, Host, HostOptions, Lab, LabError, Namespace, Ping, Process, SubnetEnv, wait_for, wait_until,
 };
+use flannel::observe::status::{Status, Worker};
 use ipnet::{Ipv4Net, Ipv6Net};
 use nix::sys::signal::Signal;
 use std::{
@@ -374,6 +375,23 @@ impl Daemon {
             state["Peers"].as_array().is_some_and(|known| known.len() == peers)
         })
         .unwrap();
+    }
+
+    /// What it says of itself.
+    pub(crate) fn status(&self) -> Status {
+        let socket = self.subnet_file().with_extension("sock");
+        let flag = format!("--status-socket={}", socket.display());
+        let output = flanneld(&self.ns).args(["status", "--json", &flag]).output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{}: {stderr}", self.name);
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    /// How many packets its device's queues and its sockets had no room for since they were made, as on a machine that gives it no
+    /// time.
+    pub(crate) fn overflowed(&self) -> u64 {
+        let engine = self.status().backend.and_then(|backend| backend.engine).unwrap();
+        engine.device_overflow.unwrap() + Worker::total(&engine.workers).socket_overflow
     }
 
     /// The process of the run under way.

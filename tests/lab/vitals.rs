@@ -2,10 +2,11 @@
 
 use super::{Daemon, Overlay, flanneld, output_of, stream::Report};
 use flannel::{
-    lab::Namespace,
+    engine::counters::Drop,
+    lab::{Host, Namespace},
     observe::status::{Engine, Status},
 };
-use std::{fs, time::Duration};
+use std::{collections::BTreeMap, fs, time::Duration};
 
 /// A process at one moment.
 #[derive(Clone, Copy, Debug)]
@@ -70,52 +71,88 @@ pub(crate) fn engine(status: &Status) -> Option<&Engine> {
     status.backend.as_ref()?.engine.as_ref()
 }
 
-/// Packets that were dropped and counted: by the daemons' engines, and by the kernel where they were queued.
-#[derive(Clone, Copy, Debug)]
+/// Packets that were dropped and counted: where they were queued, by the daemons' engines and by the kernel, which a busy machine
+/// excuses, and by the engines for other reasons, which nothing does.
+#[derive(Clone, Debug)]
 pub(crate) struct Drops {
-    /// By the engines, by the queues of their devices and by their sockets.
-    pub(crate) engines: u64,
+    /// By the queues of the engines' devices, and by engines whose sockets and devices had no room.
+    pub(crate) queues: u64,
+    /// By the engines' sockets that were full: of messages, each of which may have been several packets.
+    pub(crate) sockets: u64,
     /// By sockets in the containers that were full.
     pub(crate) containers: u64,
-    /// By the backlogs of the machine's processors, where packets go from one namespace to another (softnet_data, net/core/dev.c).
+    /// By the backlogs of the machine's processors, where packets go from one namespace to another. No more than the whole machine
+    /// has dropped there, and no more than the lab's own devices have not received.
     pub(crate) backlogs: u64,
+    machine: u64,
+    devices: u64,
+    /// By engines that did not know where to or from whom, or could not send.
+    pub(crate) wrong: BTreeMap<&'static str, u64>,
 }
+
+/// Why no packet between hosts that are well may be dropped.
+const WRONG: [Drop; 4] = [Drop::NoRoute, Drop::UnknownPeer, Drop::Spoofed, Drop::SendFailed];
 
 impl Drops {
     /// So far, of the daemons of these hosts and of all containers.
     pub(crate) fn so_far(overlay: &Overlay, hosts: &[usize]) -> Drops {
-        let engines = hosts
-            .iter()
-            .filter_map(|&host| engine(&status(overlay, host)).map(dropped));
-        let sockets = overlay.containers.iter().map(|container| receive_errors(&container.ns));
+        let statuses: Vec<Status> = hosts.iter().map(|&host| status(overlay, host)).collect();
+        let engines: Vec<&Engine> = statuses.iter().filter_map(engine).collect();
+        let workers = || engines.iter().flat_map(|engine| &engine.workers);
+        let dropped = |reason: Drop| -> u64 { workers().filter_map(|worker| worker.dropped.get(reason.name())).sum() };
+        let device_queues: u64 = engines.iter().filter_map(|engine| engine.device_overflow).sum();
+        let spaces = overlay.hosts.iter().map(Host::ns);
+        let spaces = spaces.chain(overlay.containers.iter().map(|container| &container.ns));
         Drops {
-            engines: engines.sum(),
-            containers: sockets.sum(),
-            backlogs: backlog_drops(),
+            queues: dropped(Drop::QueueFull) + device_queues,
+            sockets: workers().map(|worker| worker.socket_overflow).sum(),
+            containers: overlay
+                .containers
+                .iter()
+                .map(|container| receive_errors(&container.ns))
+                .sum(),
+            backlogs: 0,
+            machine: backlog_drops(),
+            devices: spaces.chain([overlay.lab.switch()]).map(not_received).sum(),
+            wrong: WRONG.map(|reason| (reason.name(), dropped(reason))).into(),
         }
     }
 
-    /// How many there are in all.
+    /// How many there are that were queued.
     pub(crate) fn all(&self) -> u64 {
-        self.engines + self.containers + self.backlogs
+        self.queues + self.sockets + self.containers + self.backlogs
     }
 
-    /// Those since `before`.
+    /// Those since `before`. Fails the test if there are some for which a busy machine is no excuse.
     pub(crate) fn since(&self, before: &Drops) -> Drops {
-        Drops {
-            engines: self.engines - before.engines,
+        let (machine, devices) = (self.machine - before.machine, self.devices - before.devices);
+        let since = Drops {
+            queues: self.queues - before.queues,
+            sockets: self.sockets - before.sockets,
             containers: self.containers - before.containers,
-            backlogs: self.backlogs - before.backlogs,
-        }
+            backlogs: machine.min(devices),
+            machine,
+            devices,
+            wrong: self
+                .wrong
+                .iter()
+                .map(|(reason, count)| (*reason, count - before.wrong[reason]))
+                .collect(),
+        };
+        assert!(since.wrong.values().all(|count| *count == 0), "{since:?}");
+        since
     }
 }
 
-fn dropped(engine: &Engine) -> u64 {
-    let of_workers = engine.workers.iter().map(|worker| {
-        let dropped: u64 = worker.dropped.values().sum();
-        dropped + worker.socket_overflow
+/// What the devices of a namespace had no room for, or no use.
+fn not_received(ns: &Namespace) -> u64 {
+    let devices = output_of(ns, "cat", ["/proc/net/dev"]);
+    // Two lines of heads; then bytes, packets, errors and drops (net/core/net-procfs.c).
+    let drops = devices.lines().skip(2).map(|line| {
+        let (_, numbers) = line.split_once(':').unwrap();
+        numbers.split_whitespace().nth(3).unwrap().parse::<u64>().unwrap()
     });
-    of_workers.sum::<u64>() + engine.device_overflow.unwrap_or_default()
+    drops.sum()
 }
 
 /// `InErrors` of UDP, which hold those for which a socket had no room.
@@ -127,7 +164,7 @@ fn receive_errors(ns: &Namespace) -> u64 {
     values.split_whitespace().nth(place).unwrap().parse().unwrap()
 }
 
-/// The second number of each processor's line, in hexadecimal.
+/// The second number of each processor's line, in hexadecimal (softnet_data, net/core/dev.c).
 pub(crate) fn backlog_drops() -> u64 {
     let softnet = fs::read_to_string("/proc/net/softnet_stat").unwrap();
     let dropped = softnet

@@ -290,6 +290,13 @@ impl EtcdConfig {
     }
 
     pub(super) fn servers(&self) -> Result<Vec<Server>, ConfigError> {
+        // A comma in a password makes two endpoints of one, so that neither is to be quoted.
+        if self.endpoints.iter().any(|endpoint| endpoint.contains('@')) {
+            return Err(ConfigError::Endpoint {
+                endpoint: "...@...".to_owned(),
+                reason: "holds a user name, which belongs into --etcd-username and --etcd-password".to_owned(),
+            });
+        }
         let tls = self.tls()?;
         let servers: Vec<Server> = self
             .endpoints
@@ -334,12 +341,6 @@ impl EtcdConfig {
     }
 
     fn server(&self, written: &str, tls: Option<&TlsFiles>) -> Result<Server, ConfigError> {
-        if let Some((_, host)) = written.rsplit_once('@') {
-            return Err(ConfigError::Endpoint {
-                endpoint: format!("...@{host}"),
-                reason: "holds a user name, which belongs into --etcd-username and --etcd-password".to_owned(),
-            });
-        }
         let wrong = |reason: &str| ConfigError::Endpoint {
             endpoint: written.to_owned(),
             reason: reason.to_owned(),
@@ -457,10 +458,12 @@ fn certificates(flag: &'static str, path: &Path) -> Result<Vec<u8>, ConfigError>
     })?;
     let mut store = RootCertStore::empty();
     for certificate in CertificateDer::pem_slice_iter(&pem) {
-        let added = certificate.map_err(|error| error.to_string()).and_then(|certificate| {
-            // The TLS library passes over what it cannot use, and then no server's certificate is any good.
-            store.add(certificate).map_err(|error| error.to_string())
-        });
+        let added = certificate
+            .map_err(|error| why_not_pem(&error))
+            .and_then(|certificate| {
+                // The TLS library passes over what it cannot use, and then no server's certificate is any good.
+                store.add(certificate).map_err(|error| error.to_string())
+            });
         added.map_err(|reason| ConfigError::NotPem {
             flag,
             path: path.to_owned(),
@@ -486,12 +489,23 @@ fn read_pem(
         flag,
         path: path.to_owned(),
         wanted,
-        reason: match error {
-            pem::Error::NoItemsFound => "there is none in PEM form".to_owned(),
-            error => error.to_string(),
-        },
+        reason: why_not_pem(&error),
     })?;
     Ok(pem)
+}
+
+/// In words of our own: the library's quote what they stumble over, which may be the whole key.
+fn why_not_pem(error: &pem::Error) -> String {
+    match error {
+        pem::Error::NoItemsFound => "there is none in PEM form",
+        pem::Error::MissingSectionEnd { .. } => "it has no END line, or its line breaks are lost",
+        pem::Error::IllegalSectionStart { .. } => "its BEGIN line is not as it should be",
+        pem::Error::Base64Decode(_) => "what stands between BEGIN and END is not base64",
+        pem::Error::SectionTooLarge => "it is too long",
+        pem::Error::Io(error) => return error.to_string(),
+        _ => "it is not in PEM form",
+    }
+    .to_owned()
 }
 
 #[cfg(test)]

@@ -24,7 +24,9 @@ pub enum Refused {
     #[error("this kernel is built without it, or a container's seccomp filter hides it")]
     Absent,
     /// `EPERM`, and the switch is on.
-    #[error("the sysctl kernel.io_uring_disabled is {0}")]
+    #[error(
+        "the sysctl kernel.io_uring_disabled is {0}; with 1 it takes CAP_SYS_ADMIN, which only --sandbox=off keeps"
+    )]
     SwitchedOff(String),
     /// `EPERM` without that.
     #[error("a security policy, such as a container's seccomp filter, forbids it")]
