@@ -393,6 +393,7 @@ fn a_supervisor_learns_of_the_new_daemon_and_keeps_its_descriptors() {
     overlay.daemons[0].start_and_wait();
     let (lost, sent) = lost(flows);
     eprintln!("handover and kill -9 under a supervisor: {lost} of {sent} lost");
-    assert!(lost <= 64, "{lost} of {sent}");
+    // A worker may have had a batch in its hands.
+    assert!(lost <= 64 + overflowed(&overlay), "{lost} of {sent}");
     overlay.assert_all_reach_all();
 }

@@ -6,6 +6,7 @@ mod lab;
 use flannel::lab::{HostOptions, Namespace, wait_until};
 use lab::{CONFIG, Daemon, Overlay, Registry, etcd::EtcdServer, flow::Flows, new_lab, not_tested};
 use nix::sys::signal::Signal;
+use std::{process::Stdio, time::Instant};
 
 /// More descriptors than any daemon here has.
 const ROOM: usize = 64;
@@ -194,21 +195,31 @@ fn a_killed_daemon_that_is_started_afresh_loses_little_and_no_connection() {
     let ns = overlay.hosts[0].ns().clone();
     let (before, subnet) = (settings(&ns), overlay.subnet(0));
     let mut losses = Vec::new();
-    // A busy machine takes its time to start any program.
-    for _ in 0..TRIES {
+    let mut is_enough = false;
+    while losses.len() < TRIES && (losses.len() < 3 || !is_enough) {
+        // What any program takes to start on a busy machine is not the daemon's doing.
+        let begun = Instant::now();
+        assert!(
+            lab::flanneld(&ns)
+                .arg("--version")
+                .stdout(Stdio::null())
+                .status()
+                .unwrap()
+                .success()
+        );
+        let program_start = begun.elapsed().as_millis() as usize;
         let flows = BothWays::start(&overlay);
         overlay.daemons[0].kill9();
         overlay.daemons[0].start_and_wait();
         overlay.daemons[0].wait_for_log("begun with the subnet that was last known");
         // The connections must have held each time.
-        losses.push(flows.lost().0 / 2);
+        let lost = flows.lost().0 / 2;
+        losses.push((lost, program_start));
+        is_enough |= lost <= AWAY + program_start;
         assert_eq!((settings(&ns), overlay.subnet(0)), (before.clone(), subnet));
-        if losses.iter().any(|lost| *lost <= AWAY) && losses.len() >= 3 {
-            break;
-        }
     }
-    eprintln!("lost by a fresh start: {losses:?}");
-    assert!(losses.iter().any(|lost| *lost <= AWAY), "{losses:?}");
+    eprintln!("lost by a fresh start, and the ms that the program takes to start: {losses:?}");
+    assert!(is_enough, "{losses:?}");
 }
 
 #[test]
