@@ -54,8 +54,8 @@ use crate::{
         keep,
         presence::{ClaimError, Presence},
         record::{Lease, LeaseValue},
-        remembered::{Memory, Origin},
-        republish::republish,
+        remembered::{Memory, Origin, Remembered},
+        republish::publish,
         screen::Screen,
         watch::{self as lease_watch, OwnAddresses, PeerSet, Revoked},
     },
@@ -73,7 +73,7 @@ use claims::{Claiming, Claims, claim, claim_after_others, keep_presence, withdra
 use doors::Doors;
 use early::Early;
 use pace::{Look, Pace};
-use remembered::{Beginning, Unverified};
+use remembered::{Beginning, Leased, Unverified};
 use succession::Stage;
 
 /// How long the external address may be away before another one is taken for it: a DHCP client, or a person, removes and adds it
@@ -258,9 +258,10 @@ async fn serve(
         network,
         config,
         remembered,
+        configured,
     } = remembered::begin(settings, registry).await?;
     if let Some(before) = &before {
-        before.fits(&network, &external, remembered.as_ref())?;
+        before.fits(&network, &external, remembered.as_ref().filter(|_| !configured))?;
     }
     let begun_with = network.clone();
     warn_of_overlap(&network, &external);
@@ -295,38 +296,42 @@ async fn serve(
         backend_data: backend.as_ref().and_then(|backend| backend.data()),
         ..LeaseValue::new(external.public_ip)
     };
-    let began_without = remembered.is_some();
     // What other hosts know of this one must still be so: they cannot be told now.
     let remembered = remembered.filter(|remembered| remembered.own.lease.value == value);
-    let mut unverified = remembered
-        .as_ref()
-        .map(|remembered| Unverified::begin(registry, remembered, board));
     // It is not this daemon's to take back before the other one is gone.
     let handed = before.as_mut().and_then(Predecessor::claim);
     let handed = handed.map(|handed| Presence::adopt(&settings.registry, external.public_ip, handed));
     let mut handed = handed.transpose()?.map(Arc::new);
-    let (own, first, mut present) = match remembered {
-        Some(remembered) => {
-            let claiming = match &handed {
-                Some(handed) => Claiming::Done(Some(Arc::clone(handed))),
-                None => Claiming::Wanted(external.public_ip),
-            };
-            let present = Box::pin(keep_presence(&settings.registry, claims, claiming));
-            (remembered.own, Some(remembered.peers), present)
-        }
+    // A registry that gives the configuration may yet take neither claim nor lease. Where another daemon carries the packets that is
+    // waited for.
+    let patience = (remembered.is_some() && before.is_none()).then_some(remembered::PATIENCE);
+    let mut from_memory = remembered.is_some() && !configured;
+    let claiming = match &handed {
+        Some(handed) => Claiming::Done(Some(Arc::clone(handed))),
+        None if from_memory => Claiming::Wanted(external.public_ip),
         None => {
             board.waiting_for("this host's PublicIP to be free");
-            let claimed = match &handed {
-                Some(handed) => Some(Arc::clone(handed)),
-                None => claim(&settings.registry, external.public_ip, claims).await?,
-            };
-            let mut present = Box::pin(keep_presence(&settings.registry, claims, Claiming::Done(claimed)));
+            claim(&settings.registry, external.public_ip, claims, patience).await?
+        }
+    };
+    from_memory |= matches!(claiming, Claiming::Wanted(_));
+    let mut present = Box::pin(keep_presence(&settings.registry, claims, claiming));
+    let leased = match remembered {
+        Some(remembered) if from_memory => Leased::Remembered(remembered),
+        remembered => {
             board.waiting_for("a lease");
-            let own = tokio::select! {
-                own = lease(registry, &network, &value, &previous, before.as_ref()) => own?,
+            let fallback = remembered.filter(|_| before.is_none());
+            tokio::select! {
+                leased = lease(registry, &network, &value, &previous, before.as_ref(), fallback) => leased?,
                 lost = &mut present => return Err(lost),
-            };
-            (own, None, present)
+            }
+        }
+    };
+    let (own, first, mut unverified) = match leased {
+        Leased::Taken(own) => (own, None, None),
+        Leased::Remembered(remembered) => {
+            let unverified = Unverified::begin(registry, &remembered, configured, board);
+            (remembered.own, Some(remembered.peers), Some(unverified))
         }
     };
     board.lease(&own.lease, own.left, settings.renew_margin);
@@ -379,10 +384,10 @@ async fn serve(
         holding.subscribe(),
         publish.subscribe()
     ));
-    let mut configured: Pin<Box<dyn Future<Output = Result<(), Error>>>> = if began_without {
-        Box::pin(remembered::still_configured(registry, &begun_with))
-    } else {
+    let mut configured: Pin<Box<dyn Future<Output = Result<(), Error>>>> = if configured {
         Box::pin(pending())
+    } else {
+        Box::pin(remembered::still_configured(registry, &begun_with))
     };
     let (in_place, mut rules_in_place) = oneshot::channel();
     let rules = Keeper::new(settings.rules, mechanism, &network, &own.lease.subnets);
@@ -441,7 +446,11 @@ async fn serve(
             }
             () = &mut keeping => {}
             never = &mut remembering => match never {},
-            lost = &mut present => return Err(lost),
+            lost = &mut present => {
+                // Who has this host's PublicIP has its subnet, too.
+                run.let_go();
+                return Err(lost);
+            }
             Ok(()) = held.changed() => {
                 let now = held.borrow_and_update().clone();
                 let another = now.lease.ttl != run.lease.ttl;
@@ -465,7 +474,10 @@ async fn serve(
             }
             same = &mut configured => {
                 configured = Box::pin(pending());
-                same?;
+                if let Err(changed) = same {
+                    run.let_go();
+                    return Err(changed);
+                }
                 if let Some(unverified) = &mut unverified {
                     unverified.configured = true;
                 }
@@ -522,7 +534,7 @@ async fn serve(
                 watching.set(lease_watch::watch(registry, &holding, &addresses, &screen, None, &publish));
                 let (kept, released) = claims.take().into_iter().partition(|held| held.public_ip() == public_ip);
                 claims.replace(kept);
-                present = Box::pin(keep_presence(&settings.registry, claims, Claiming::Done(claimed)));
+                present = Box::pin(keep_presence(&settings.registry, claims, claimed));
                 // The registry may be slow, and forgets them by itself.
                 tokio::spawn(timeout(LEAVE, withdraw(released)));
             }
@@ -538,7 +550,7 @@ type MovingLease<'a> = Pin<Box<dyn Future<Output = Result<Moved, Error>> + 'a>>;
 struct Moved {
     lease: Lease,
     /// The claim to that.
-    claimed: Option<Arc<Presence>>,
+    claimed: Claiming,
 }
 
 /// A daemon that has its lease.
@@ -634,8 +646,12 @@ impl Run<'_> {
         }
     }
 
-    /// Lets no more packets out: their source would be another host's.
+    /// Lets no more packets out: their source would be another host's, or nobody's.
     fn let_go(&mut self) {
+        // The daemon that carries them sees to that itself.
+        if self.stage == Stage::Preparing {
+            return;
+        }
         // The udp backend's device goes with it; routes in the kernel would stay.
         if let Err(error) = self.backend.apply(&PeerSet::new()) {
             warn!("{error}; packets may still leave with addresses of a subnet that is another host's");
@@ -811,22 +827,14 @@ async fn move_lease(
         .find(|held| held.public_ip() == value.public_ip)
         .cloned();
     let claimed = match held {
-        Some(held) => Some(held),
+        Some(held) => Claiming::Done(Some(held)),
         None => claim_after_others(&settings.registry, value.public_ip, claims).await?,
     };
-    let mut outage = Outage::of("publishing the new PublicIP");
-    loop {
-        match republish(&*settings.registry, &own, addresses, &value).await {
-            Ok(Some(lease)) => {
-                outage.over();
-                return Ok(Moved { lease, claimed });
-            }
-            // It is not ours any more, which the watch will tell.
-            Ok(None) => pending().await,
-            Err(error) if error.is_transient() => sleep(outage.failed(&error.to_string())).await,
-            Err(error) => return Err(AcquireError::from(error).into()),
-        }
-    }
+    let published = publish(&*settings.registry, &own, addresses, &value).await;
+    Ok(Moved {
+        lease: published.map_err(AcquireError::from)?,
+        claimed,
+    })
 }
 
 /// The running daemon, if it is to hand over.
@@ -947,15 +955,18 @@ fn backend_of(
     })
 }
 
-/// Takes this host's lease, or goes on with that of the daemon `before`, as long as it takes the registry to answer.
+/// Takes this host's lease, or goes on with that of the daemon `before`, as long as it takes the registry to answer; where there is
+/// something remembered it takes the place of a registry that fails for longer than a moment.
 async fn lease(
     registry: &dyn Registry,
     network: &Network,
     value: &LeaseValue,
     previous: &Previous,
     before: Option<&Predecessor>,
-) -> Result<Own, Error> {
+    mut remembered: Option<Remembered>,
+) -> Result<Leased, Error> {
     let mut outage = Outage::of("taking a lease");
+    let begun = Instant::now();
     loop {
         let taken = match before {
             None => acquire::acquire(registry, network, value, previous).await,
@@ -968,10 +979,14 @@ async fn lease(
         match taken {
             Ok(own) => {
                 outage.over();
-                return Ok(own);
+                return Ok(Leased::Taken(own));
             }
-            Err(AcquireError::Registry(error)) if error.is_transient() => {
-                sleep(outage.failed(&error.to_string())).await;
+            Err(AcquireError::Registry(error)) if error.is_transient() || remembered.is_some() => {
+                let pause = outage.failed(&error.to_string());
+                if let Some(remembered) = remembered.take_if(|_| begun.elapsed() >= remembered::PATIENCE) {
+                    return Ok(Leased::Remembered(remembered));
+                }
+                sleep(pause).await;
             }
             Err(error) => return Err(error.into()),
         }

@@ -22,6 +22,7 @@ use std::{
     fs,
     net::{Ipv4Addr, SocketAddr},
     path::Path,
+    sync::mpsc,
     time::{Duration, Instant},
 };
 
@@ -378,6 +379,61 @@ fn a_daemon_that_began_without_etcd_takes_its_lease_again_if_it_can_and_ends_if_
     }
 }
 
+#[test]
+fn a_daemon_that_starts_while_etcd_takes_no_records_serves_from_what_it_knew() {
+    let lab = new_lab("ef_full");
+    let server = EtcdServer::start_with(EtcdOptions {
+        arguments: vec!["--quota-backend-bytes=4000000".to_owned()],
+        ..EtcdOptions::on_switch(&lab)
+    });
+    let mut overlay = Overlay::start_hosts(lab, Registry::etcd(&server.url()), CONFIG, &plain(2));
+    overlay.assert_all_reach_all();
+    let (own, right) = (overlay.subnet(0), plain_value(&overlay.hosts[0]));
+    let claim = format!("{PREFIX}/hosts/{}", overlay.hosts[0].ip());
+    overlay.daemons[0].wait_until_remembered(1);
+    // As long as one argument may be.
+    let filler = "x".repeat(100_000);
+    wait_until(PATIENCE, "etcd to be full", || {
+        server.try_etcdctl(&["put", "/filler", &filler]).is_err()
+    })
+    .unwrap();
+    assert!(server.etcdctl(&["alarm", "list"]).contains("NOSPACE"));
+
+    overlay.daemons[0].kill9();
+    assert_eq!(overlay.daemons[0].start_and_wait().subnet.trunc(), own);
+    overlay.daemons[0].wait_for_log("did not take this host's claim or lease");
+    overlay.assert_all_reach_all();
+    assert_eq!(value(&server, &claim), "", "there is no room for it");
+    // What others delete is seen, also by a host whose own lease cannot be made again.
+    server.etcdctl(&["del", &key(own)]);
+    overlay.daemons[1].wait_for_log(&format!("peer {own} is gone"));
+    overlay.daemons[0].wait_for_log("putting this host's lease right failed");
+    let other = overlay.subnet(1);
+    let others = value(&server, &key(other));
+    server.etcdctl(&["del", &key(other)]);
+    overlay.daemons[0].wait_for_log(&format!("peer {other} is gone"));
+
+    server.etcdctl(&["del", "/filler"]);
+    let status: serde_json::Value =
+        serde_json::from_str(&server.etcdctl(&["endpoint", "status", "-w", "json"])).unwrap();
+    let revision = status[0]["Status"]["header"]["revision"].to_string();
+    server.etcdctl(&["compact", "--physical", &revision]);
+    server.etcdctl(&["defrag"]);
+    server.etcdctl(&["alarm", "disarm"]);
+    for (subnet, right) in [(own, &right), (other, &others)] {
+        wait_until(PATIENCE, "the lease to be made again", || {
+            value(&server, &key(subnet)) == *right
+        })
+        .unwrap();
+    }
+    wait_until(PATIENCE, "the PublicIP to be claimed", || {
+        !value(&server, &claim).is_empty()
+    })
+    .unwrap();
+    overlay.assert_all_reach_all();
+    overlay.daemons.iter_mut().for_each(Daemon::assert_running);
+}
+
 // Data that is gone or wrong.
 
 #[test]
@@ -574,7 +630,19 @@ fn a_host_that_was_cut_off_until_another_took_its_subnet_ends_and_takes_another(
     let lease = granted.split(' ').nth(1).unwrap();
     let first = r#"{"PublicIP":"192.168.77.2","PublicIPv6":null}"#;
     server.etcdctl(&["put", &format!("--lease={lease}"), &key(SHORT), first]);
-    let mut overlay = Overlay::start_hosts(lab, Registry::etcd(&server.url()), CONFIG, &plain(2));
+    // The daemons may take their time on a busy machine.
+    let (started, waiting) = mpsc::channel::<()>();
+    let mut overlay = std::thread::scope(|scope| {
+        let (server, lease) = (&server, &lease);
+        scope.spawn(move || {
+            while waiting.recv_timeout(Duration::from_secs(5)) == Err(mpsc::RecvTimeoutError::Timeout) {
+                server.etcdctl(&["lease", "keep-alive", "--once", lease]);
+            }
+        });
+        let overlay = Overlay::start_hosts(lab, Registry::etcd(&server.url()), CONFIG, &plain(2));
+        drop(started);
+        overlay
+    });
     assert_eq!(overlay.subnet(0).to_string(), SHORT);
     overlay.assert_all_reach_all();
     overlay.daemons[0].wait_until_remembered(1);

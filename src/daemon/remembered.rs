@@ -1,5 +1,5 @@
-//! A start while the registry is away: from what was last known, until the registry answers and can be asked whether it is
-//! still so.
+//! A start while the registry is away, refuses this host or takes no records: from what was last known, until the registry serves and
+//! can be asked whether it is still so.
 
 use std::time::Duration;
 
@@ -8,16 +8,19 @@ use tracing::{info, warn};
 
 use super::{Error, Settings, configuration};
 use crate::{
-    lease::remembered::{Origin, Remembered},
+    lease::{
+        acquire::Own,
+        remembered::{Origin, Remembered},
+    },
     network::{self, CONFIG_KEY, LoadError, Network, Parsed},
     observe::board::Board,
     registry::Registry,
 };
 
-/// How long the registry is waited for before the start goes on from what was last known. A healthy one answers in milliseconds,
+/// How long a registry that does not serve this host is waited for before the start goes on from what was last known. A healthy one answers in milliseconds,
 /// and packets wait all the while. Nothing is lost when one that is slow, or elects a leader, answers a moment later: what it
 /// says then is what was remembered, or is put right.
-const PATIENCE: Duration = Duration::from_secs(1);
+pub(super) const PATIENCE: Duration = Duration::from_secs(1);
 
 /// How often the registry is asked whether the configuration is still the same, until it answers: as often as it is asked for
 /// everything else.
@@ -28,45 +31,59 @@ pub(super) struct Beginning {
     pub(super) network: Network,
     /// Its text.
     pub(super) config: String,
-    /// If the registry does not answer and this can be used.
+    /// What is of use while the registry does not serve this host.
     pub(super) remembered: Option<Remembered>,
+    /// Whether the configuration is the registry's, not what was remembered.
+    pub(super) configured: bool,
 }
 
-/// Reads the configuration; from the memory if there is one and the registry does not answer.
+/// The lease that a run begins with.
+pub(super) enum Leased {
+    /// From the registry.
+    Taken(Own),
+    /// The registry gives none.
+    Remembered(Remembered),
+}
+
+/// Reads the configuration; from the memory if there is one and the registry does not give it.
 pub(super) async fn begin(settings: &Settings, registry: &dyn Registry) -> Result<Beginning, Error> {
     let remembered = settings.memory.read(&Origin::of(registry)).unwrap_or_else(|useless| {
         warn!("without the registry there is no start from what was last known: {useless}");
         None
     });
-    if let Some(remembered) = remembered
+    let understood = remembered.and_then(|remembered| match Network::parse(&remembered.config) {
+        Ok(Parsed { network, .. }) if remembered.own.lease.subnets.fit(&network) => Some((remembered, network)),
+        _ => {
+            warn!("without the registry there is no start from what was last known: it does not fit together");
+            None
+        }
+    });
+    if let Some((remembered, network)) = &understood
         && timeout(PATIENCE, answer(registry)).await.is_err()
     {
-        match Network::parse(&remembered.config) {
-            Ok(Parsed { network, .. }) if remembered.own.lease.subnets.fit(&network) => {
-                return Ok(Beginning {
-                    network,
-                    config: remembered.config.clone(),
-                    remembered: Some(remembered),
-                });
-            }
-            _ => warn!("without the registry there is no start from what was last known: it does not fit together"),
-        }
+        return Ok(Beginning {
+            network: network.clone(),
+            config: remembered.config.clone(),
+            remembered: Some(remembered.clone()),
+            configured: false,
+        });
     }
     let (network, config) = configuration(registry).await?;
+    let still = understood.filter(|(_, remembered)| *remembered == network);
     Ok(Beginning {
         network,
         config,
-        remembered: None,
+        remembered: still.map(|(remembered, _)| remembered),
+        configured: true,
     })
 }
 
-/// Waits until the registry answers, whatever it says.
+/// Waits until the registry says what its configuration is, or that there is none. One that refuses this host may just be getting other
+/// keys.
 async fn answer(registry: &dyn Registry) {
     // Shorter than the pauses of an outage that is told: this is over in a moment.
     const PAUSE: Duration = Duration::from_millis(200);
-    while let Err(error) = registry.get(CONFIG_KEY).await
-        && error.is_transient()
-    {
+    while registry.get(CONFIG_KEY).await.is_err() {
         sleep(PAUSE).await;
     }
 }
@@ -80,10 +97,15 @@ pub(super) struct Unverified {
 }
 
 impl Unverified {
-    /// Says so, on the board too.
-    pub(super) fn begin(registry: &dyn Registry, remembered: &Remembered, board: &Board) -> Self {
+    /// Says so, on the board too. `configured`: whether the configuration was the registry's.
+    pub(super) fn begin(registry: &dyn Registry, remembered: &Remembered, configured: bool, board: &Board) -> Self {
+        let not = if configured {
+            "take this host's claim or lease"
+        } else {
+            "answer this host's requests"
+        };
         let text = format!(
-            "started from the leases as they were {:.0?} ago, because {} did not answer within {:.0?}",
+            "started from the leases as they were {:.0?} ago, because {} did not {not} within {:.0?}",
             remembered.age,
             registry.describe(),
             PATIENCE
@@ -96,7 +118,7 @@ impl Unverified {
         );
         board.degraded(Some(text));
         Self {
-            configured: false,
+            configured,
             leased: false,
         }
     }

@@ -197,7 +197,7 @@ fn choose_subnets(network: &Network, taken: &[Subnets], previous: &Previous) -> 
 
 /// Whether the block may have been handed out by some configuration of this network, which has at least four subnets. A key that
 /// names half of the network or all of it is a mistake, or malice, and must not keep all hosts from having a subnet.
-pub(super) fn is_a_share<N: Block>(plan: &AddressPlan<N>, block: &N) -> bool {
+fn is_a_share<N: Block>(plan: &AddressPlan<N>, block: &N) -> bool {
     block.length() >= plan.network().length() + 2
 }
 

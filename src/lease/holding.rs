@@ -3,23 +3,22 @@
 
 use std::time::Duration;
 
-use tokio::{
-    sync::watch::{Receiver, Sender},
-    time::Instant,
-};
+use tokio::sync::watch::{Receiver, Sender};
 
 use super::{
     acquire::{Own, SUBNET_TTL},
     record::Lease,
 };
+use crate::sys::boot::uptime;
 
 /// The lease at one moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Held {
     /// What stands in the registry, as far as is known.
     pub lease: Lease,
-    /// When it runs out unless it is renewed; `None`: it is a reservation.
-    pub expires: Option<Instant>,
+    /// When it runs out unless it is renewed, by the time since the machine started: leases run out while it sleeps, too. `None`: it
+    /// is a reservation.
+    pub expires: Option<Duration>,
     /// Whether the registry has said so in this run. Not so after a start from what was [remembered](super::remembered), until
     /// the registry answers.
     pub confirmed: bool,
@@ -28,8 +27,7 @@ pub struct Held {
 impl Held {
     /// How long it has.
     pub fn left(&self) -> Option<Duration> {
-        self.expires
-            .map(|expires| expires.saturating_duration_since(Instant::now()))
+        self.expires.map(|expires| expires.saturating_sub(uptime()))
     }
 }
 
@@ -41,7 +39,7 @@ impl Holding {
     /// `own`, as just taken (`confirmed`) or remembered.
     pub fn new(own: Own, confirmed: bool) -> Self {
         Self(Sender::new(Held {
-            expires: own.left.map(|left| Instant::now() + left),
+            expires: own.left.map(in_so_long),
             lease: own.lease,
             confirmed,
         }))
@@ -63,7 +61,7 @@ impl Holding {
             let changed = !held.confirmed || held.lease != lease;
             if held.lease.ttl != lease.ttl {
                 // A new one has a day. What others have bound it to is found out when it is refreshed.
-                held.expires = lease.ttl.map(|_| Instant::now() + SUBNET_TTL);
+                held.expires = lease.ttl.map(|_| in_so_long(SUBNET_TTL));
             }
             held.lease = lease;
             held.confirmed = true;
@@ -73,6 +71,11 @@ impl Holding {
 
     /// It has this long now.
     pub fn renewed(&self, left: Duration) {
-        self.0.send_modify(|held| held.expires = Some(Instant::now() + left));
+        self.0.send_modify(|held| held.expires = Some(in_so_long(left)));
     }
+}
+
+fn in_so_long(left: Duration) -> Duration {
+    // etcd takes any number of seconds.
+    uptime().saturating_add(left)
 }

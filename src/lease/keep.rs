@@ -8,6 +8,7 @@ use tracing::{debug, warn};
 use crate::{
     observe::outage::Outage,
     registry::{Registry, TtlId},
+    sys::boot::uptime,
 };
 
 /// The longest pause between tries when the registry fails, as the original's.
@@ -18,8 +19,11 @@ const HASTE: Duration = Duration::from_secs(2);
 const CHANCES: u32 = 4;
 /// The shortest pause after a success: a margin as long as the whole time to live must not make a busy loop.
 const SHORTEST: Duration = Duration::from_secs(10);
+/// The longest, whatever the margin: pauses do not go on while the machine sleeps, but the lease runs out. After twelve hours of sleep
+/// a pause of hours would come too late.
+const LONGEST: Duration = Duration::from_secs(3_600);
 
-/// Refreshes `ttl` whenever `margin` of it is left (`--subnet-lease-renew-margin`); `left`: how much it has now, 0: that is not
+/// Refreshes `ttl` whenever `margin` of it is left (`--subnet-lease-renew-margin`), and each hour before that; `left`: how much it has now, 0: that is not
 /// known, so that it is refreshed at once. `renewed` is told how much it has after each time. Returns when there is none any
 /// more: the record is gone, which the watch of the leases tells, or has become a reservation.
 ///
@@ -35,9 +39,10 @@ pub async fn keep(
 ) {
     let mut outage = Outage::of("renewing this host's lease");
     loop {
-        let runs_out = (!left.is_zero()).then(|| Instant::now() + left);
-        if !left.is_zero() {
-            tokio::time::sleep(left.saturating_sub(margin).max(SHORTEST)).await;
+        // By the clock of the pauses, and by the one that counts sleep.
+        let (known, begun, awake) = (left, Instant::now(), uptime());
+        if !known.is_zero() {
+            tokio::time::sleep(known.saturating_sub(margin).clamp(SHORTEST, LONGEST)).await;
         }
         let mut told = false;
         left = loop {
@@ -50,7 +55,8 @@ pub async fn keep(
                 }
                 Err(error) => {
                     outage.failed(&error.to_string());
-                    let left = runs_out.map(|end| end.saturating_duration_since(Instant::now()));
+                    let passed = begun.elapsed().max(uptime().saturating_sub(awake));
+                    let left = (!known.is_zero()).then(|| known.saturating_sub(passed));
                     if left == Some(Duration::ZERO) && !told {
                         told = true;
                         warn!(
@@ -148,5 +154,17 @@ mod tests {
         registry.set_available(true);
         task.await.unwrap();
         assert!(!is_there(&registry).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_is_refreshed_each_hour_so_that_half_a_day_of_sleep_does_not_end_it() {
+        for hours in [3, 13, 22] {
+            let (registry, task) = kept(HOUR).await;
+            tokio::time::sleep(hours * HOUR + HOUR / 2).await;
+            let ttl = registry.get("subnets/10.5.1.0-24").await.unwrap().unwrap().ttl.unwrap();
+            let left = registry.time_left(ttl).await.unwrap().unwrap();
+            assert!(left > DAY - HOUR, "{left:?} after {hours} h");
+            task.abort();
+        }
     }
 }

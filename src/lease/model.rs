@@ -217,6 +217,10 @@ struct FaultyWatch {
 
 #[async_trait]
 impl Watch for FaultyWatch {
+    fn begun_at(&self) -> Revision {
+        self.inner.begun_at()
+    }
+
     async fn next(&mut self) -> Result<Vec<Event>, Error> {
         loop {
             let link = *self.link.borrow_and_update();

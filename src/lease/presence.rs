@@ -24,7 +24,10 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tracing::{debug, warn};
 
-use crate::registry::{self, Registry};
+use crate::{
+    registry::{self, Registry},
+    sys::boot,
+};
 
 /// What the records' keys begin with, relative to the network's prefix.
 const HOSTS: &str = "hosts/";
@@ -336,10 +339,7 @@ impl Instance {
             .map_err(identity("cannot read the host's name"))?
             .to_string_lossy()
             .into_owned();
-        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
-            .map_err(identity("cannot read /proc/sys/kernel/random/boot_id"))?
-            .trim()
-            .to_owned();
+        let boot = boot::id().map_err(identity("cannot read /proc/sys/kernel/random/boot_id"))?;
         let network_namespace = std::fs::metadata("/proc/self/ns/net")
             .map_err(identity("cannot read /proc/self/ns/net"))?
             .ino();

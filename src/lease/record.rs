@@ -19,6 +19,10 @@ use crate::{
 /// What all lease keys begin with, relative to the network's prefix.
 pub const SUBNETS: &str = "subnets/";
 
+/// How deep a backend's data may be nested: several times as deep as any backend of flannel's. What is much deeper cannot be stored
+/// within other JSON and read again, which ends at 128 levels.
+const DEEPEST: usize = 16;
+
 /// The subnets of one host; its display is the last part of a lease's key.
 ///
 /// `10.5.34.0-24`, or with IPv6 `10.5.34.0-24&fd00:12:13::-64`. There is one way to write each: it is the key's
@@ -265,8 +269,8 @@ impl LeaseValue {
             public_ip: public_ip.ok_or(ValueError::NoPublicIp)?,
             public_ipv6: address(&mut members, "PublicIPv6", "an IPv6 address")?,
             backend_type,
-            backend_data: members.take("BackendData"),
-            backend_v6_data: members.take("BackendV6Data"),
+            backend_data: data(&mut members, "BackendData")?,
+            backend_v6_data: data(&mut members, "BackendV6Data")?,
         })
     }
 
@@ -298,6 +302,26 @@ fn address<A: FromStr>(
     };
     let address = value.as_str().and_then(|text| text.parse().ok());
     address.map(Some).ok_or_else(|| wrong(key, &value, wanted))
+}
+
+/// A backend's data, if the member is there.
+fn data(members: &mut Members, key: &'static str) -> Result<Option<Value>, ValueError> {
+    let data = members.take(key);
+    match &data {
+        Some(value) if is_deeper(value, DEEPEST) => Err(ValueError::TooDeep { key }),
+        _ => Ok(data),
+    }
+}
+
+/// Whether lists and objects are nested in more than so many levels.
+fn is_deeper(value: &Value, levels: usize) -> bool {
+    let below = |value: &Value| is_deeper(value, levels - 1);
+    match value {
+        Value::Array(_) | Value::Object(_) if levels == 0 => true,
+        Value::Array(list) => list.iter().any(below),
+        Value::Object(members) => members.values().any(below),
+        _ => false,
+    }
 }
 
 fn wrong(key: &'static str, value: &Value, wanted: &'static str) -> ValueError {
@@ -345,6 +369,12 @@ pub enum ValueError {
         found: &'static str,
         /// What would be right.
         wanted: &'static str,
+    },
+    /// No backend writes that.
+    #[error("its {key} is nested in more than {DEEPEST} levels, which no backend writes")]
+    TooDeep {
+        /// Which member.
+        key: &'static str,
     },
 }
 
@@ -419,6 +449,24 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    /// A value with so many lists in one another.
+    fn nested(levels: usize) -> String {
+        let (open, close) = ("[".repeat(levels), "]".repeat(levels));
+        format!(r#"{{"PublicIP":"192.0.2.1","BackendData":{open}1{close}}}"#)
+    }
+
+    #[test]
+    fn backend_data_that_no_backend_nests_so_is_refused() {
+        for levels in [0, 1, DEEPEST] {
+            let value = LeaseValue::parse(nested(levels).as_bytes()).unwrap();
+            assert_eq!(LeaseValue::parse(&value.to_bytes()).unwrap(), value);
+        }
+        for levels in [DEEPEST + 1, 120, 126] {
+            let error = LeaseValue::parse(nested(levels).as_bytes()).unwrap_err();
+            assert_eq!(error, ValueError::TooDeep { key: "BackendData" }, "{levels}");
+        }
+    }
 
     #[test]
     fn keys_are_read_and_written() {

@@ -1,9 +1,10 @@
 //! What a daemon last knew of its network, on disk: so that one that starts while the registry is away has its subnet and its
 //! peers, and packets flow.
 //!
-//! It is used only while the registry does not answer, and only while nobody else can have been given the subnet: until the
-//! lease runs out. Peers have no such limit. Nobody can tell which of them are gone while the registry is away, and a daemon
-//! that runs keeps all of them then, too; the limit of this host's own lease, a day, is theirs as well.
+//! It is used only while the registry does not serve this host, and only while nobody else can have been given the subnet: until
+//! the lease runs out, or for ever where it is a reservation. Peers have no limit of their own. Nobody can tell which of them are
+//! gone while the registry is away, and a daemon that runs keeps all of them then, too. The own lease's limit, a day, is theirs
+//! as well; a host with a reservation serves peers of any age.
 //!
 //! The time that the lease has left is measured by the time since the machine started, which no change of the clock touches;
 //! after another start of the machine by the clock, if that is not behind the time at which the file was written.
@@ -18,7 +19,6 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::{sync::watch::Receiver, task::spawn_blocking, time::sleep};
@@ -34,6 +34,7 @@ use crate::{
     files,
     observe::outage::Outage,
     registry::{Record, Registry, Revision, TtlId},
+    sys::boot,
 };
 
 /// Of the form of the file. One of another form is not read.
@@ -149,10 +150,9 @@ struct Moment {
 
 impl Moment {
     fn now() -> io::Result<Self> {
-        let running = clock_gettime(ClockId::CLOCK_BOOTTIME)?;
         Ok(Self {
-            boot: fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned(),
-            running: running.into(),
+            boot: boot::id()?,
+            running: boot::uptime(),
             // A clock before 1970 is behind any file.
             clock: SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default(),
         })
@@ -458,6 +458,25 @@ mod tests {
         );
         let leases = read.peers.iter().map(|record| Lease::from_record(record).unwrap());
         assert!(leases.eq([lease(2), lease(3)]));
+    }
+
+    #[test]
+    fn a_peer_with_the_most_nested_value_that_is_a_lease_is_read_again() {
+        let value = |levels: usize| {
+            let (open, close) = ("[".repeat(levels), "]".repeat(levels));
+            let text = format!(r#"{{"PublicIP":"192.0.2.2","BackendData":{open}{close}}}"#);
+            LeaseValue::parse(text.as_bytes())
+        };
+        let deepest = (1..).take_while(|levels| value(*levels).is_ok()).last().unwrap();
+        let peer = Lease {
+            value: value(deepest).unwrap(),
+            ..lease(2)
+        };
+        let held = Holding::new(own(None), true).now();
+        let peers = PeerSet::from([(peer.subnets, Arc::new(peer.clone()))]);
+        let text = render(&origin(), CONFIG, &held, &peers, &moment());
+        let read = understand(Path::new("/run/x"), &text, &origin(), &moment()).unwrap();
+        assert_eq!(Lease::from_record(&read.peers[0]).unwrap(), peer);
     }
 
     #[test]

@@ -1,15 +1,53 @@
 //! Another PublicIP, or whatever else has changed, in the lease that this host has: the subnet stays.
 
+use std::time::Duration;
+
+use tokio::time::sleep;
 use tracing::info;
 
 use super::{
     record::{Lease, LeaseValue, SUBNETS},
     watch::OwnAddresses,
 };
-use crate::registry::{self, Registry};
+use crate::{
+    observe::outage::Outage,
+    registry::{self, Registry},
+};
+
+/// How often a record that is gone, or nothing that can be read, is looked for again: the watch of the leases makes it again in a
+/// moment once it knows.
+const AGAIN: Duration = Duration::from_secs(3);
+
+/// Puts `value` into the record of `own` as [`republish`] does, as long as it takes the registry to answer and the watch to put the
+/// record right where it is gone. Where it cannot be put right the watch ends, and with it the run.
+///
+/// # Errors
+/// The registry does not let us.
+pub async fn publish(
+    registry: &dyn Registry,
+    own: &Lease,
+    addresses: &OwnAddresses,
+    value: &LeaseValue,
+) -> Result<Lease, registry::Error> {
+    let mut outage = Outage::of("publishing the new PublicIP");
+    loop {
+        match republish(registry, own, addresses, value).await {
+            Ok(Some(lease)) => {
+                outage.over();
+                return Ok(lease);
+            }
+            Ok(None) => {
+                outage.over();
+                sleep(AGAIN).await;
+            }
+            Err(error) if error.is_transient() => sleep(outage.failed(&error.to_string())).await,
+            Err(error) => return Err(error),
+        }
+    }
+}
 
 /// Puts `value` into the record of `own`, which keeps its time to live; what stands there then. `None` when the record is
-/// gone or, by its PublicIP, none of `addresses`: of that the watch of the leases tells.
+/// gone, cannot be read or is, by its PublicIP, none of `addresses`: of that the watch of the leases tells.
 ///
 /// Other leases with the PublicIP of `value` are released: they are this host's from an earlier time, and others would send
 /// to both. Reservations stay, as when a lease is taken.
@@ -132,5 +170,30 @@ mod tests {
         assert_eq!(record.value, host(7).to_bytes());
         registry.delete(&record).await.unwrap();
         assert_eq!(move_to(&registry, &own, 9).await, None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_address_that_changes_while_the_record_is_gone_or_junk_is_published_once_it_is_there_again() {
+        for junk in [false, true] {
+            let registry = MemoryRegistry::new();
+            let own = leased(&registry, "subnets/10.5.1.0-24", 1).await;
+            let record = registry.get("subnets/10.5.1.0-24").await.unwrap().unwrap();
+            registry.delete(&record).await.unwrap();
+            if junk {
+                registry.put("subnets/10.5.1.0-24", b"{broken").await.unwrap();
+            }
+            let addresses = OwnAddresses::new(own.value.public_ip);
+            addresses.add(host(9).public_ip);
+            let (shared, lease) = (registry.clone(), own.clone());
+            let publishing = tokio::spawn(async move { publish(&shared, &lease, &addresses, &host(9)).await.unwrap() });
+            sleep(Duration::from_secs(3_600)).await;
+            assert!(!publishing.is_finished());
+            // As the watch does it, which knows of no other address yet.
+            registry.put("subnets/10.5.1.0-24", &host(1).to_bytes()).await.unwrap();
+            let new = publishing.await.unwrap();
+            let stored = registry.get("subnets/10.5.1.0-24").await.unwrap().unwrap();
+            assert_eq!(Lease::from_record(&stored).unwrap(), new);
+            assert_eq!(new.value, host(9));
+        }
     }
 }

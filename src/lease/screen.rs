@@ -127,6 +127,11 @@ impl Screen {
         }
     }
 
+    /// The network that this host runs in.
+    pub(super) fn network(&self) -> &Network {
+        &self.network
+    }
+
     /// Waits until this host's addresses have changed, and with them perhaps which leases are [served](Self::settle).
     pub async fn changed(&mut self) {
         if self.here.changed().await.is_err() {

@@ -2,8 +2,12 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
+    convert::Infallible,
     net::Ipv4Addr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -12,7 +16,7 @@ use tracing::warn;
 
 use crate::{
     observe::outage::Outage,
-    registry::{Event, Record, Registry, Revision, Watch},
+    registry::{Error, Event, Record, Registry, Revision, Watch},
 };
 
 use super::{
@@ -20,7 +24,7 @@ use super::{
     holding::Holding,
     publish::Publisher,
     record::{Lease, SUBNETS, Subnets, subnets_of},
-    restore::{Failure, Restorer},
+    restore::Restorer,
     screen::{self, Screen},
 };
 
@@ -115,7 +119,7 @@ impl Revoked {
 /// A watch that ends, for whatever reason, is begun again with a new picture; peers that are in both are left alone,
 /// because what is published is the whole set. Peers that are gone while the registry cannot be reached are kept till it can:
 /// nobody could tell them from those that are still there. This host's own lease is put right where it can
-/// be, and what stands there is told to `holding`.
+/// be, beside all of that: peers need not wait for it. What stands there is told to `holding`.
 ///
 /// `screen` says which leases are peers. What it refuses is said once, and never stands in the way of the others.
 pub async fn watch(
@@ -126,24 +130,38 @@ pub async fn watch(
     first: Option<&[Record]>,
     peers: &Sender<Option<Arc<PeerSet>>>,
 ) -> Revoked {
-    let mut outage = Outage::of("watching the leases");
-    let mut restorer = Restorer::new(holding.clone(), addresses.clone());
+    let in_trouble = AtomicBool::new(false);
+    let mut restorer = Restorer::new(holding.clone(), addresses.clone(), screen.network().clone());
     let mut view = View::new(&holding.now().lease, addresses.clone(), screen.clone());
     let mut publisher = Publisher::new(peers);
     if let Some(first) = first {
-        view.peers = view.picture(first.to_vec()).1;
+        view.remember(first);
         publisher.note_change();
         publisher.flush(|| view.served());
     }
+    let (tell, told) = tokio::sync::watch::channel(None);
+    tokio::select! {
+        biased;
+        revoked = restorer.keep(registry, told, &in_trouble) => revoked,
+        never = follow_on(registry, &mut view, &tell, &in_trouble, &mut publisher) => match never {},
+    }
+}
+
+/// One watch after the other. `tell` learns what is at this host's own key.
+async fn follow_on(
+    registry: &dyn Registry,
+    view: &mut View,
+    tell: &Sender<Option<Record>>,
+    in_trouble: &AtomicBool,
+    publisher: &mut Publisher<'_>,
+) -> Infallible {
+    let mut outage = Outage::of("watching the leases");
     loop {
         let error = match registry.watch(SUBNETS).await {
             Err(error) => error,
             Ok((records, changes)) => {
                 outage.over();
-                match follow(registry, &mut view, &mut restorer, records, changes, &mut publisher).await {
-                    Failure::Lost(revoked) => return revoked,
-                    Failure::Registry(error) => error,
-                }
+                follow(view, tell, in_trouble, records, changes, publisher).await
             }
         };
         // The registry may be away for long.
@@ -152,74 +170,51 @@ pub async fn watch(
     }
 }
 
-/// One watch, from its picture to its end.
+/// One watch, from its picture to its end, and why it has ended.
 async fn follow(
-    registry: &dyn Registry,
     view: &mut View,
-    restorer: &mut Restorer,
+    tell: &Sender<Option<Record>>,
+    in_trouble: &AtomicBool,
     records: Vec<Record>,
     mut changes: Box<dyn Watch>,
     publisher: &mut Publisher<'_>,
-) -> Failure {
-    let (mut own, picture) = view.picture(records);
-    // Before any peer is given up: whether the registry can be believed shows at this host's own lease.
-    let mut again = match restorer.settle(registry, own.take()).await {
-        Ok(settled) => {
-            view.take(picture, settled.went_back);
-            settled.again
-        }
-        Err(failure) => return failure,
-    };
+) -> Error {
+    let own = view.take(records, changes.begun_at());
+    tell.send_replace(own);
     publisher.note_change();
     publisher.flush(|| view.served());
     view.complaints.end_picture();
     loop {
         publisher.run(|| view.served());
         view.complaints.sum_up();
-        let due = [again, view.missing_until(), publisher.due(), view.complaints.due()];
+        let due = [view.missing_until(), publisher.due(), view.complaints.due()];
         let due = due.into_iter().flatten().min();
         // In this order, so that neither a flood of changes keeps what is due waiting, nor chance decides what a test sees.
-        let now = tokio::select! {
+        tokio::select! {
             biased;
             () = at(due) => {
-                if view.give_up_missing() {
+                if view.give_up_missing(in_trouble.load(Relaxed)) {
                     publisher.note_change();
-                }
-                match again {
-                    Some(then) if then <= Instant::now() => match registry.get(&view.own.key()).await {
-                        Ok(record) => Some(record),
-                        Err(error) => return Failure::Registry(error),
-                    },
-                    _ => None,
                 }
             }
             events = changes.next() => match events {
                 Ok(events) => {
-                    let mut own = None;
                     for event in events {
-                        own = view.apply(event).or(own);
+                        if let Some(own) = view.apply(event) {
+                            tell.send_replace(own);
+                        }
                     }
                     publisher.note_change();
-                    own
                 }
-                Err(error) => return Failure::Registry(error),
+                Err(error) => return error,
             },
-            () = view.screen.changed() => {
-                publisher.note_change();
-                None
-            }
-        };
-        if let Some(record) = now {
-            again = match restorer.settle(registry, record).await {
-                Ok(settled) => settled.again,
-                Err(failure) => return failure,
-            };
+            () = view.screen.changed() => publisher.note_change(),
         }
     }
 }
 
 /// Waits until then, or for ever.
-async fn at(then: Option<Instant>) {
+pub(super) async fn at(then: Option<Instant>) {
     match then {
         Some(then) => tokio::time::sleep_until(then).await,
         None => std::future::pending().await,
@@ -235,6 +230,8 @@ struct View {
     peers: PeerSet,
     /// Those that a registry which has lost its data does not know again yet, and until when they are kept.
     missing: Option<(PeerSet, Instant)>,
+    /// The highest revision that was seen: the registry's is never lower, unless it has lost data.
+    highest: Revision,
     /// Those of the peers that were not served when that was last decided, and their changes.
     losers: HashMap<Subnets, Revision>,
     complaints: Complaints,
@@ -248,6 +245,7 @@ impl View {
             screen,
             peers: PeerSet::new(),
             missing: None,
+            highest: own.revision,
             losers: HashMap::new(),
             complaints: Complaints::default(),
         }
@@ -268,8 +266,26 @@ impl View {
         (own, peers)
     }
 
-    /// Takes the peers of a picture for what is. `went_back`: of a registry that has lost data.
-    fn take(&mut self, picture: PeerSet, went_back: bool) {
+    /// Takes the peers of an earlier run for what is, until the registry tells.
+    fn remember(&mut self, records: &[Record]) {
+        self.peers = self.picture(records.to_vec()).1;
+        self.see(self.peers.values().map(|lease| lease.revision).max());
+    }
+
+    fn see(&mut self, revision: Option<Revision>) {
+        self.highest = self.highest.max(revision.unwrap_or_default());
+    }
+
+    /// Takes the peers of a picture, made when the registry was at `revision`, for what is. What is at this host's own key.
+    fn take(&mut self, records: Vec<Record>, revision: Revision) -> Option<Record> {
+        let (own, picture) = self.picture(records);
+        let is_older = |lease: &Arc<Lease>| {
+            let known = self.peers.get(&lease.subnets);
+            known.is_some_and(|known| lease.revision < known.revision)
+        };
+        // It was made anew, or from a backup, which may have grown since.
+        let went_back = revision < self.highest || picture.values().any(is_older);
+        self.highest = revision;
         let known = if went_back { self.served() } else { PeerSet::new() };
         self.peers = picture;
         let gone = known
@@ -284,6 +300,7 @@ impl View {
             );
             self.missing = Some((gone, Instant::now() + GRACE));
         }
+        own
     }
 
     /// What is to be served; of what is not, and should be by itself, it is said why.
@@ -312,14 +329,23 @@ impl View {
         self.missing.as_ref().map(|(_, until)| *until)
     }
 
-    /// Gives those up whose time is over; whether there were any.
-    fn give_up_missing(&mut self) -> bool {
+    /// Gives those up whose time is over; whether there were any. Where this host's own lease cannot be put right (`in_trouble`), theirs
+    /// most likely cannot either.
+    fn give_up_missing(&mut self, in_trouble: bool) -> bool {
         let now = Instant::now();
+        if let Some((_, until)) = &mut self.missing
+            && in_trouble
+        {
+            *until = (*until).max(now + GRACE / 2);
+        }
         self.missing.take_if(|(_, until)| *until <= now).is_some()
     }
 
     /// Takes a change; what this host's own record is, if it is that which has changed.
     fn apply(&mut self, event: Event) -> Option<Option<Record>> {
+        if let Event::Put(record) = &event {
+            self.see(Some(record.revision));
+        }
         match event {
             Event::Put(record) if record.key == self.own.key() => return Some(Some(record)),
             Event::Put(record) => {
@@ -751,13 +777,6 @@ mod tests {
 
         let lost = lost_by(async |registry| registry.put(OWN, &value(8)).await.unwrap()).await;
         assert!(lost.contains("belongs to PublicIP 192.0.2.8"), "{lost}");
-        // Or a part of it.
-        let lost = lost_by(async |registry| {
-            registry.put("subnets/10.5.1.128-25", &value(8)).await.unwrap();
-            delete_own(registry).await;
-        })
-        .await;
-        assert!(lost.contains("10.5.1.128/25"), "{lost}");
         // Or nobody may have it any more.
         let lost = lost_by(async |registry| {
             registry.put("config", br#"{"Network":"10.9.0.0/16"}"#).await.unwrap();
@@ -803,6 +822,73 @@ mod tests {
         tokio::time::sleep(GRACE / 4).await;
         assert!(!watch.peers.has_changed().unwrap(), "time is not over yet");
         watch.expect(&["10.5.2.0-24@192.0.2.2", "10.5.9.0-24@192.0.2.3"]).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_registry_that_has_lost_data_is_known_also_by_the_host_that_came_first_and_by_old_records_of_others() {
+        let record = |number: u8, revision| Record {
+            key: format!("subnets/10.5.{number}.0-24"),
+            value: value(number),
+            revision: Revision(revision),
+            created: Revision(revision),
+            ttl: None,
+        };
+        let all = ["10.5.2.0-24@192.0.2.2", "10.5.3.0-24@192.0.2.3"];
+        // Others have been there again before this host is: the own record is as new as it was, or newer.
+        for (writes, others) in [(50, 700), (50, 701), (50, 51)] {
+            let registry = MemoryRegistry::new();
+            for _ in 0..writes {
+                registry.put("config", br#"{"Network":"10.5.0.0/16"}"#).await.unwrap();
+            }
+            registry.put("subnets/10.5.2.0-24", &value(2)).await.unwrap();
+            registry.put(OWN, &value(1)).await.unwrap();
+            let own = Lease::from_record(&record(1, 4)).unwrap();
+            let mut watch = start_with(registry, own, Some(vec![record(2, others + 1), record(3, others)]));
+            watch.expect(&all).await;
+            watch.expect_own().await;
+            tokio::time::sleep(GRACE / 2).await;
+            watch.expect(&all).await;
+            watch.expect(&all[..1]).await;
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn peers_need_not_wait_for_a_lease_that_cannot_be_written() {
+        let mut watch = start(&[("subnets/10.5.2.0-24", &value(2)), ("subnets/10.5.3.0-24", &value(3))]).await;
+        watch.expect(&["10.5.2.0-24@192.0.2.2", "10.5.3.0-24@192.0.2.3"]).await;
+        watch.delete(OWN).await;
+        watch.registry.set_full(true);
+        watch.delete("subnets/10.5.2.0-24").await;
+        watch.expect(&["10.5.3.0-24@192.0.2.3"]).await;
+        // Also with a new picture.
+        watch.registry.set_available(false);
+        watch.registry.set_available(true);
+        watch.delete("subnets/10.5.3.0-24").await;
+        watch.expect(&[]).await;
+        assert_eq!(watch.registry.get(OWN).await.unwrap(), None);
+        watch.registry.set_full(false);
+        watch.expect_own().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn peers_that_cannot_come_back_to_a_registry_that_takes_no_records_are_kept_until_they_can() {
+        let registry = MemoryRegistry::new();
+        registry.set_full(true);
+        let record = |number: u8| Record {
+            key: format!("subnets/10.5.{number}.0-24"),
+            value: value(number),
+            revision: Revision(700),
+            created: Revision(700),
+            ttl: None,
+        };
+        let (own, peer) = (Lease::from_record(&record(1)).unwrap(), record(2));
+        let mut watch = start_with(registry, own, Some(vec![peer]));
+        watch.expect(&["10.5.2.0-24@192.0.2.2"]).await;
+        tokio::time::sleep(10 * GRACE).await;
+        assert!(!watch.peers.has_changed().unwrap(), "it is kept");
+        watch.registry.set_full(false);
+        watch.expect_own().await;
+        watch.expect(&[]).await;
     }
 
     #[tokio::test(start_paused = true)]

@@ -8,7 +8,7 @@ use std::{
 use async_trait::async_trait;
 
 use super::board::Board;
-use crate::registry::{Error, Event, Record, Registry, TtlId, Watch};
+use crate::registry::{Error, Event, Record, Registry, Revision, TtlId, Watch};
 
 /// Passes everything on.
 #[derive(Debug)]
@@ -96,6 +96,10 @@ struct ObservedWatch {
 
 #[async_trait]
 impl Watch for ObservedWatch {
+    fn begun_at(&self) -> Revision {
+        self.inner.begun_at()
+    }
+
     async fn next(&mut self) -> Result<Vec<Event>, Error> {
         let events = self.inner.next().await;
         self.board.told(events.as_ref().err().map(Error::to_string));

@@ -357,6 +357,7 @@ impl Registry for EtcdRegistry {
             connection,
             prefix,
             start,
+            begun_at: revision,
             stream,
             early: Vec::new(),
         };
@@ -495,6 +496,7 @@ struct EtcdWatch {
     prefix: Prefix,
     /// The full name that the watched keys begin with.
     start: String,
+    begun_at: Revision,
     stream: WatchStream,
     /// What came with the watch's first answer.
     early: Vec<Event>,
@@ -502,6 +504,10 @@ struct EtcdWatch {
 
 #[async_trait]
 impl Watch for EtcdWatch {
+    fn begun_at(&self) -> Revision {
+        self.begun_at
+    }
+
     async fn next(&mut self) -> Result<Vec<Event>, Error> {
         let mut events = std::mem::take(&mut self.early);
         while events.is_empty() {

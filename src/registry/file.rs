@@ -37,7 +37,7 @@ use tokio::{
 };
 
 use super::{
-    Error, Event, Record, Registry, TtlId, Watch,
+    Error, Event, Record, Registry, Revision, TtlId, Watch,
     prefix::Prefix,
     store::{self, Store},
 };
@@ -303,10 +303,12 @@ impl Registry for FileRegistry {
             },
             _ => self.failed("watching", &self.directory, &error),
         })?;
+        let begun_at = self.read()?.store.revision();
         let (picture, _) = self.picture(start)?;
         let watch = FileWatch {
             registry: self.clone(),
             start: start.to_owned(),
+            begun_at,
             changed,
             picture: picture.clone(),
         };
@@ -356,6 +358,7 @@ impl Registry for FileRegistry {
 struct FileWatch {
     registry: FileRegistry,
     start: String,
+    begun_at: Revision,
     changed: DirectoryWatch,
     /// What has been told so far.
     picture: Vec<Record>,
@@ -363,6 +366,10 @@ struct FileWatch {
 
 #[async_trait]
 impl Watch for FileWatch {
+    fn begun_at(&self) -> Revision {
+        self.begun_at
+    }
+
     async fn next(&mut self) -> Result<Vec<Event>, Error> {
         loop {
             let (picture, next_expiry) = self.registry.picture(&self.start)?;

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use tokio::{sync::watch, time::Instant};
 
 use super::{
-    Error, Event, Record, Registry, TtlId, Watch,
+    Error, Event, Record, Registry, Revision, TtlId, Watch,
     prefix::Prefix,
     store::{self, Store},
 };
@@ -26,6 +26,8 @@ pub struct MemoryRegistry {
 struct State {
     store: Store,
     available: bool,
+    /// Whether it takes no more records, as etcd does when its disk quota is used up.
+    full: bool,
     /// How often the running watches were made to fail; a watch ends when it is not what it was at its start.
     faults: u64,
 }
@@ -36,6 +38,7 @@ impl MemoryRegistry {
         let state = State {
             store: Store::default(),
             available: true,
+            full: false,
             faults: 0,
         };
         MemoryRegistry {
@@ -64,6 +67,23 @@ impl MemoryRegistry {
             state.available = available;
             state.faults += u64::from(!available);
         });
+    }
+
+    /// Lets the registry take no more records, or take them again. While it is full it can be read, times to live can be started anew
+    /// and records be deleted.
+    pub fn set_full(&self, full: bool) {
+        self.state.send_modify(|state| state.full = full);
+    }
+
+    /// Nothing can be written to a registry that is full.
+    fn has_room(&self) -> Result<(), Error> {
+        if self.state.borrow().full {
+            return Err(Error::Failed {
+                registry: self.describe(),
+                reason: "it was made full".to_owned(),
+            });
+        }
+        Ok(())
     }
 
     fn now(&self) -> Duration {
@@ -138,6 +158,7 @@ impl Registry for MemoryRegistry {
         let watch = MemoryWatch {
             registry: self.clone(),
             start: start.to_owned(),
+            begun_at: self.with_store(|store, _| store.revision())?,
             changed,
             faults,
             picture: picture.clone(),
@@ -146,11 +167,13 @@ impl Registry for MemoryRegistry {
     }
 
     async fn create(&self, key: &str, value: &[u8], ttl: Option<Duration>) -> Result<Option<Record>, Error> {
+        self.has_room()?;
         let made = self.with_store(|store, now| store.create(&self.full_key(key), value, ttl, now))?;
         Ok(made.map(|record| self.prefix.relative_record(record)))
     }
 
     async fn replace(&self, record: &Record, value: &[u8]) -> Result<Option<Record>, Error> {
+        self.has_room()?;
         let made =
             self.with_store(|store, _| store.replace(&self.full_key(&record.key), record.revision, value, record.ttl))?;
         Ok(made.map(|record| self.prefix.relative_record(record)))
@@ -161,6 +184,7 @@ impl Registry for MemoryRegistry {
     }
 
     async fn put(&self, key: &str, value: &[u8]) -> Result<(), Error> {
+        self.has_room()?;
         self.with_store(|store, _| store.put(&self.full_key(key), value))
     }
 
@@ -181,6 +205,7 @@ impl Registry for MemoryRegistry {
 struct MemoryWatch {
     registry: MemoryRegistry,
     start: String,
+    begun_at: Revision,
     changed: watch::Receiver<State>,
     faults: u64,
     /// What has been told so far.
@@ -189,6 +214,10 @@ struct MemoryWatch {
 
 #[async_trait]
 impl Watch for MemoryWatch {
+    fn begun_at(&self) -> Revision {
+        self.begun_at
+    }
+
     async fn next(&mut self) -> Result<Vec<Event>, Error> {
         loop {
             if self.changed.borrow_and_update().faults != self.faults {

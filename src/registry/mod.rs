@@ -67,6 +67,10 @@ pub enum Event {
 /// A running watch. Dropping it ends it.
 #[async_trait]
 pub trait Watch: Send {
+    /// The registry's revision when its picture was taken. One that is lower than a revision seen before tells that the registry
+    /// has lost data.
+    fn begun_at(&self) -> Revision;
+
     /// The next changes, in order; at least one. Nothing is lost when the future is dropped before it is ready.
     ///
     /// # Errors

@@ -3,16 +3,11 @@
 //!
 //! It counts from the Unix epoch: leases outlive a reboot, at which every other clock begins anew.
 
-use std::{
-    fs,
-    time::{Duration, SystemTime},
-};
+use std::time::{Duration, SystemTime};
 
-use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
-/// The kernel's name for a boot (random(4)).
-const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+use crate::sys::boot::{self, uptime};
 
 /// The time as of the last change of the registry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,8 +27,7 @@ pub(super) struct Boot(String);
 impl Boot {
     /// `None` where the kernel does not tell: then the wall clock has to do.
     pub(super) fn this() -> Option<Self> {
-        let id = fs::read_to_string(BOOT_ID).ok()?;
-        Some(Self(id.trim().to_owned()))
+        boot::id().ok().map(Self)
     }
 }
 
@@ -61,12 +55,6 @@ fn after(clock: Option<&Clock>, boot: Option<&Boot>, uptime: Duration, wall: Dur
     }
     // Never back: the wall clock of a machine without a battery begins in 1970, and is set later.
     wall.max(written)
-}
-
-/// How long the machine has been up, suspended or not: all of its processes agree on it, and nobody sets it.
-fn uptime() -> Duration {
-    // Linux has this clock since 2.6.39.
-    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
 }
 
 /// Before 1970 counts as 1970.
