@@ -409,7 +409,8 @@ fn a_supervisor_learns_of_the_new_daemon_and_keeps_its_descriptors() {
     overlay.daemons[0].start_and_wait();
     let lost = flows.finish();
     eprintln!("handover and kill -9 under a supervisor: {lost:?}");
-    assert!(lost.most() <= 64, "{lost:?}");
+    // A worker may have had a batch in its hands.
+    assert!(lost.most() as u64 <= 64 + overflowed(&overlay), "{lost:?}");
     // The new daemon has spoken when it was the main process, and the one that failed not at all.
     assert_eq!(overlay.daemons[0].supervisor().refused(), [""; 0]);
     overlay.assert_all_reach_all();
