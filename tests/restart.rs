@@ -28,8 +28,8 @@ const IN_HAND: u64 = 64;
 /// again on a busy machine, too.
 const PACE: Duration = Duration::from_millis(2);
 
-/// What a restart without a store may lose at 1,000 a second, in the middle of several: the device is away in the meantime. A
-/// release on a machine of its own loses 40; a debug build on a busy one takes that much longer.
+/// What the best of several starts without a store may lose at 1,000 a second, the device being away in the meantime: a debug build on
+/// a busy machine takes much longer than a release on one of its own.
 const AWAY: usize = 250;
 
 /// How often that is tried.
