@@ -232,7 +232,7 @@ impl Screen {
 
     /// Of leases that [pass](Self::check) by themselves, those that are served: all whose hosts can be reached from here or, where
     /// some overlap, those that are as the network's configuration wants them before the others, and the older before the younger.
-    /// Where only [subnets are routed](Self::routes_subnets), the address of a host counts as that host's in the same way.
+    /// Where only subnets are routed (`routes_subnets`), the address of a host counts as that host's in the same way.
     ///
     /// The outcome depends on the leases only, not on the order in which they came: all hosts of one link come to the same.
     pub fn settle(&self, leases: &PeerSet) -> Settled {
