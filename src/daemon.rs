@@ -167,6 +167,18 @@ pub enum Error {
     Signal(#[source] io::Error),
 }
 
+impl Error {
+    /// Whether the next start must not begin with what is remembered: it is another host's, or not so any more. What a daemon that
+    /// was started twice finds there is the other one's.
+    fn outdates_memory(&self) -> bool {
+        match self {
+            Self::Revoked(_) | Self::Reconfigured => true,
+            Self::Claim(ClaimError::InUse { here, .. }) => !here,
+            _ => false,
+        }
+    }
+}
+
 /// How a run ends well.
 enum End {
     /// Someone has stopped it.
@@ -189,25 +201,25 @@ pub async fn run(mut settings: Settings) -> Result<(), Error> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signal)?;
     let claims = Claims::default();
     let supervisor = RefCell::new(Supervisor::of_this_process());
-    // Whatever `serve` holds (the engine, and with it the device) is dropped when it ends or is abandoned here.
+    let mut serving = Box::pin(serve(&settings, &board, &claims, &supervisor));
     let outcome = tokio::select! {
         _ = terminate.recv() => stopping("SIGTERM"),
         _ = interrupt.recv() => stopping("SIGINT"),
-        ended = serve(&settings, &board, &claims, &supervisor) => ended,
+        ended = &mut serving => ended,
     };
     if let Ok(End::HandedOver) = outcome {
         return Ok(());
     }
     supervisor.borrow().tell_stopping();
-    if let Err(Error::Revoked(_) | Error::Claim(_) | Error::Reconfigured) = outcome
-        && board.has_lease()
+    if let Err(error) = &outcome
+        && error.outdates_memory()
     {
-        // The next start must not begin with what was just found to be another host's, or not so any more. What a daemon that
-        // was started twice finds there is the other one's.
         settings.memory.forget();
     }
-    // An unreachable registry forgets the claims by itself.
+    // An unreachable registry forgets the claims by itself. The workers of a daemon that was stopped carry packets all the while.
     let _ = timeout(LEAVE, withdraw(claims.take())).await;
+    // With all that it holds: the engine, and with it the device.
+    drop(serving);
     outcome.map(drop)
 }
 
@@ -231,14 +243,10 @@ async fn serve(
     let mut before = predecessor(settings).await?;
     let mut doors = Doors::open(settings, before.as_mut()).await?;
     match &mut before {
-        Some(before) => {
-            left = before.descriptors();
-            if supervisor.borrow().is_none() {
-                *supervisor.borrow_mut() = before.supervisor();
-            }
-        }
+        Some(before) => left = before.descriptors(),
         None => doors.serve(board)?,
     }
+    let their_supervisor = before.as_ref().map(Predecessor::supervisor);
     let mut kernel = Kernel::open()?;
     let external = external::choose(&mut kernel, &settings.external)?;
     info!(
@@ -249,7 +257,14 @@ async fn serve(
     let previous = previous(settings);
     let (failures, mut failed) = mpsc::unbounded_channel();
     let early = match before {
-        None => Early::begin(settings, &external, &previous, &mut left, &failures),
+        None => Early::begin(
+            settings,
+            &external,
+            &previous,
+            &mut left,
+            &failures,
+            &supervisor.borrow(),
+        ),
         // That one carries the packets.
         Some(_) => None,
     };
@@ -345,6 +360,8 @@ async fn serve(
         }
         None => None,
     };
+    // Of what was begun with the supervisor has copies.
+    let parked = begun.as_ref().map(|begun| begun.generation());
     let backend = match (begun, backend) {
         (Some(begun), _) => begun,
         (None, backend) => {
@@ -417,7 +434,7 @@ async fn serve(
         },
         offered: None,
         supervisor,
-        parked: None,
+        parked,
         interface: Outage::of("following the external interface"),
         away_since: None,
         again: None,
@@ -503,16 +520,24 @@ async fn serve(
             },
             stopped = &mut stopping => {
                 stopping = Box::pin(pending());
-                let stopped = stopped?;
+                let mut stopped = stopped?;
                 run.carry_on(&stopped.counts)?;
+                // At once: the other one waits for no longer than half a second.
+                stopped.tell_running().await;
+                run.apply()?;
+                run.tell_of_backend();
                 settling = Box::pin(stopped.settle());
             }
             settled = &mut settling => {
                 settling = Box::pin(pending());
                 settled?;
                 claims.borrow_mut().extend(handed.take());
-                run.is_alone();
-                doors.serve(board)?;
+                // First, since who is told that this daemon is ready may ask it.
+                if let Err(error) = doors.serve(board) {
+                    // There is no other any more that could go on.
+                    warn!("{error}: nobody answers there");
+                }
+                run.is_alone(their_supervisor.as_ref());
             }
             changes = monitor.next() => run.notice(&changes.map_err(Error::Monitor)?),
             () = sleep_until(at) => {

@@ -5,14 +5,15 @@ mod lab;
 
 use flannel::{
     handover::wire::{Connection, Hello, MAJOR, ToHeir, ToRunning},
-    lab::{HostOptions, wait_until},
+    lab::{HostOptions, LabError, wait_for, wait_until},
     observe::status::{Status, Worker},
 };
 use lab::{
-    CONFIG, Daemon, Overlay, PATIENCE, Registry, etcd::EtcdServer, flow::Flows, new_lab, supervisor::Supervisor,
+    CONFIG, Daemon, Overlay, PATIENCE, Registry, etcd::EtcdServer, flow::BothWays, new_lab, supervisor::Supervisor,
+    tunnel_device,
 };
 use nix::sys::signal::Signal;
-use std::{fs, os::fd::OwnedFd, path::Path};
+use std::{fs, os::fd::OwnedFd, path::Path, time::Duration};
 use tokio::net::{UnixListener, UnixStream};
 
 /// Two hosts with a container each, on an etcd.
@@ -21,21 +22,6 @@ fn pair(name: &str, backend: &str) -> (Overlay, EtcdServer) {
     let (overlay, etcd) = Overlay::start_on_etcd(name, &config, 2);
     overlay.assert_all_reach_all();
     (overlay, etcd)
-}
-
-/// Flows in both directions.
-fn both_ways(overlay: &Overlay) -> [Flows; 2] {
-    let [one, two] = &overlay.containers[..] else {
-        unreachable!("two hosts")
-    };
-    [Flows::start(one, two), Flows::start(two, one)]
-}
-
-/// The datagrams that were lost, of those sent. The connections must have held.
-fn lost(flows: [Flows; 2]) -> (u64, u64) {
-    let reports = flows.map(Flows::finish);
-    let lost = reports.iter().map(|report| report.lost.len() as u64).sum();
-    (lost, reports.iter().map(|report| report.sent).sum())
 }
 
 fn status(overlay: &Overlay) -> Status {
@@ -84,53 +70,71 @@ fn records(overlay: &Overlay, etcd: &EtcdServer) -> [String; 2] {
         })
 }
 
+/// What a running daemon says of a new one that had no processor for half a second; it may try again.
+const TOO_SLOW: &str = "did not start within";
+
+/// 500 datagrams, and messages over TCP, a second: a queue holds those of nearly two seconds, in which a new daemon's workers run on
+/// a busy machine, too.
+const PACE: Duration = Duration::from_millis(2);
+
+/// How often a busy machine may make a new daemon too slow.
+const TRIES: usize = 5;
+
 /// Lets a new daemon take over from the first host's, which then is the first host's; the one before.
 fn hand_over(overlay: &mut Overlay, name: &str, flags: &[&str]) -> Daemon {
-    let mut heir = overlay.daemons[0].heir(name);
-    heir.set_flags(&[&["--handover"], flags].concat());
-    heir.start_and_wait();
-    let mut before = std::mem::replace(&mut overlay.daemons[0], heir);
-    let ended = before.wait_exit();
-    assert_eq!(ended.code(), Some(0), "{}", before.log());
-    overlay.daemons[0].assert_content();
-    before
-}
-
-fn device(overlay: &Overlay) -> String {
-    let ns = overlay.hosts[0].ns();
-    [
-        "-d -o link show dev flannel0",
-        "-o address show dev flannel0",
-        "route show dev flannel0",
-    ]
-    .map(|command| ns.ip(command).unwrap())
-    .concat()
+    for number in 0..TRIES {
+        let mut heir = overlay.daemons[0].heir(&format!("{name}.{number}"));
+        heir.set_flags(&[&["--handover"], flags].concat());
+        heir.start();
+        let over = wait_for(PATIENCE, "one of the two daemons to end", || {
+            let given_up = heir.process().exited().map(|_| false);
+            let handed_over = overlay.daemons[0].process().exited().map(|_| true);
+            Ok::<_, LabError>(given_up.or(handed_over))
+        });
+        if !over.unwrap() {
+            assert!(heir.log().contains(TOO_SLOW), "{}", heir.log());
+            continue;
+        }
+        heir.wait_ready();
+        let mut before = std::mem::replace(&mut overlay.daemons[0], heir);
+        let ended = before.wait_exit();
+        assert_eq!(ended.code(), Some(0), "{}", before.log());
+        overlay.daemons[0].assert_content();
+        return before;
+    }
+    panic!("{TRIES} new daemons were too slow: {}", overlay.daemons[0].log());
 }
 
 #[test]
 fn a_new_daemon_takes_everything_over_and_no_packet_is_lost() {
     let (mut overlay, etcd) = pair("handover", "udp");
-    let (device_before, records_before, subnet) =
-        (device(&overlay), records(&overlay, &etcd), overlay.daemons[0].subnet());
-    let flows = both_ways(&overlay);
+    let (device_before, records_before, subnet) = (
+        tunnel_device(overlay.hosts[0].ns()),
+        records(&overlay, &etcd),
+        overlay.daemons[0].subnet(),
+    );
+    let flows = BothWays::start_every(&overlay, PACE);
     let mut before = status(&overlay);
     for (number, io) in ["uring", "mmsg", "mmsg", "uring", "uring", "mmsg"]
         .into_iter()
         .enumerate()
     {
-        hand_over(&mut overlay, &format!("heir{number}"), &[&format!("--io={io}")]).assert_content();
+        let ended = hand_over(&mut overlay, &format!("heir{number}"), &[&format!("--io={io}")]);
+        if !ended.log().contains(TOO_SLOW) {
+            ended.assert_content();
+        }
         let now = status(&overlay);
         assert_ne!(now.pid, before.pid);
         let (was, is) = (counted(&before), counted(&now));
         assert!(was.iter().zip(is).all(|(was, is)| is > *was), "{was:?}, then {is:?}");
-        assert_eq!(device(&overlay), device_before);
+        assert_eq!(tunnel_device(overlay.hosts[0].ns()), device_before);
         assert_eq!(records(&overlay, &etcd), records_before);
         assert_eq!(overlay.daemons[0].subnet(), subnet);
         before = now;
     }
-    let (lost, sent) = lost(flows);
-    eprintln!("handover: {lost} of {sent} lost in 6 handovers");
-    assert!(lost <= overflowed(&overlay), "{lost} of {sent}");
+    let lost = flows.finish();
+    eprintln!("6 handovers: {lost:?}");
+    assert!(lost.most() as u64 <= overflowed(&overlay), "{lost:?}");
     // What it has taken over it lets go of as any other.
     assert!(overlay.daemons[0].stop().success());
     assert!(!overlay.hosts[0].ns().ip("-br link").unwrap().contains("flannel0"));
@@ -146,13 +150,13 @@ fn where_the_kernel_carries_the_packets_lease_and_counts_go_over() {
     for backend in ["vxlan", "host-gw"] {
         let (mut overlay, etcd) = pair(&format!("kernel_{backend}").replace('-', "_"), backend);
         let records_before = records(&overlay, &etcd);
-        let flows = both_ways(&overlay);
+        let flows = BothWays::start(&overlay);
         let before = status(&overlay);
         hand_over(&mut overlay, "heir", &[]);
         let now = status(&overlay);
         assert!(counted(&now)[4] > counted(&before)[4]);
         assert_eq!(records(&overlay, &etcd), records_before);
-        assert_eq!(lost(flows).0, 0);
+        assert_eq!(flows.finish().most(), 0);
     }
 }
 
@@ -196,7 +200,8 @@ fn the_running_daemon_goes_on_wherever_the_new_one_fails() {
     let (mut overlay, etcd) = pair("fails", "udp");
     let records_before = records(&overlay, &etcd);
     let socket = overlay.daemons[0].handover_socket();
-    let flows = both_ways(&overlay);
+    // So few that the device's queue of 1,000 holds what comes while a new daemon hangs, on a busy machine too.
+    let flows = BothWays::start_every(&overlay, Duration::from_millis(5));
     let before = counted(&status(&overlay));
     speak(async {
         // It goes without a word; with everything; when the running one has stopped.
@@ -210,6 +215,13 @@ fn the_running_daemon_goes_on_wherever_the_new_one_fails() {
         stopped(&mut connection).await;
         assert!(matches!(hear(&mut connection).await, Some(ToHeir::TakenBack { .. })));
         assert_eq!(hear(&mut connection).await, None);
+        // It ends as soon as it carries packets: the running one hears both at once.
+        let (mut connection, descriptors) = given(&socket).await;
+        stopped(&mut connection).await;
+        overlay.daemons[0].process().signal(Signal::SIGSTOP);
+        connection.send(&ToRunning::Running, &[]).await.unwrap();
+        drop((connection, descriptors));
+        overlay.daemons[0].process().signal(Signal::SIGCONT);
         // It talks rubbish.
         let (mut connection, _descriptors) = given(&socket).await;
         connection.send(&"rubbish", &[]).await.unwrap();
@@ -240,9 +252,9 @@ fn the_running_daemon_goes_on_wherever_the_new_one_fails() {
         now[..4].iter().zip(before).all(|(now, before)| *now > before),
         "{before:?}, then {now:?}"
     );
-    let (lost, sent) = lost(flows);
-    eprintln!("failed handovers: {lost} of {sent} lost");
-    assert!(lost <= overflowed(&overlay), "{lost} of {sent}");
+    let lost = flows.finish();
+    eprintln!("failed handovers: {lost:?}");
+    assert!(lost.most() as u64 <= overflowed(&overlay), "{lost:?}");
     overlay.daemons[0].assert_running();
     assert_eq!(records(&overlay, &etcd), records_before);
     // And hands over when one comes that does not fail.
@@ -298,7 +310,7 @@ fn another_version_is_refused_in_words_and_the_running_daemon_goes_on() {
 #[test]
 fn a_new_daemon_that_would_do_something_else_says_so_and_ends() {
     let (mut overlay, _etcd) = pair("differs", "udp");
-    let flows = both_ways(&overlay);
+    let flows = BothWays::start(&overlay);
     for (name, flag, said) in [
         ("offload", "--offload=false", "--offload is another now"),
         ("address", "--public-ip=192.168.77.99", "has the PublicIP 192.168.77.1"),
@@ -312,7 +324,7 @@ fn a_new_daemon_that_would_do_something_else_says_so_and_ends() {
     }
     // What can be another is.
     hand_over(&mut overlay, "pinned", &["--workers=7", "--pin", "--busy-poll=10"]);
-    assert!(lost(flows).0 <= overflowed(&overlay));
+    assert!(flows.finish().most() as u64 <= overflowed(&overlay));
     overlay.daemons[0].wait_for_log("a restart makes them 7");
 }
 
@@ -375,8 +387,12 @@ fn a_supervisor_learns_of_the_new_daemon_and_keeps_its_descriptors() {
     overlay.daemons[0] = Daemon::named("unit", &overlay.lab, host, &overlay.registry).supervised(64);
     overlay.daemons[0].start_and_wait();
     overlay.assert_all_reach_all();
-    let flows = both_ways(&overlay);
-    // By hand, outside the service.
+    let flows = BothWays::start(&overlay);
+    // By hand, outside the service; first one that fails.
+    let mut misfit = overlay.daemons[0].heir("misfit").unsupervised();
+    misfit.set_flags(&["--handover", "--offload=false"]);
+    misfit.start();
+    assert_eq!(misfit.wait_exit().code(), Some(1), "{}", misfit.log());
     let mut heir = overlay.daemons[0].heir("heir").unsupervised();
     heir.start();
     let pid = heir.process().pid();
@@ -391,8 +407,33 @@ fn a_supervisor_learns_of_the_new_daemon_and_keeps_its_descriptors() {
     // Which is killed, and started again by the supervisor.
     heir.end_with(Signal::SIGKILL);
     overlay.daemons[0].start_and_wait();
-    let (lost, sent) = lost(flows);
-    eprintln!("handover and kill -9 under a supervisor: {lost} of {sent} lost");
-    assert!(lost <= 64, "{lost} of {sent}");
+    let lost = flows.finish();
+    eprintln!("handover and kill -9 under a supervisor: {lost:?}");
+    // A worker may have had a batch in its hands.
+    assert!(lost.most() as u64 <= 64 + overflowed(&overlay), "{lost:?}");
+    // The new daemon has spoken when it was the main process, and the one that failed not at all.
+    assert_eq!(overlay.daemons[0].supervisor().refused(), [""; 0]);
     overlay.assert_all_reach_all();
+}
+
+#[test]
+fn a_daemon_that_is_stopped_while_another_prepares_leaves_that_reachable() {
+    let (mut overlay, etcd) = pair("stopped", "udp");
+    overlay.daemons[0].wait_until_remembered(1);
+    let mut heir = overlay.daemons[0].heir("heir");
+    // So that it is not prepared at once.
+    etcd.pause();
+    heir.start();
+    heir.wait_for_log("taking over from flanneld");
+    heir.process().signal(Signal::SIGSTOP);
+    etcd.resume();
+    assert!(overlay.daemons[0].stop().success());
+    heir.process().signal(Signal::SIGCONT);
+    heir.wait_ready();
+    heir.wait_for_log("has ended before it has handed over");
+    overlay.daemons[0] = heir;
+    let pid = overlay.daemons[0].process().pid();
+    assert_eq!(status(&overlay).pid, pid);
+    overlay.assert_all_reach_all();
+    hand_over(&mut overlay, "next", &[]);
 }

@@ -127,6 +127,19 @@ impl Descriptors {
     pub fn is_empty(&self) -> bool {
         self.queues.is_empty() && self.sockets.is_empty()
     }
+
+    /// Copies of them.
+    ///
+    /// # Errors
+    /// Out of descriptors.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        let copies = |of: &[OwnedFd]| of.iter().map(OwnedFd::try_clone).collect::<io::Result<_>>();
+        Ok(Self {
+            queues: copies(&self.queues)?,
+            sockets: copies(&self.sockets)?,
+            shared: self.shared,
+        })
+    }
 }
 
 /// The IPv4 overlays whose routes and devices are this daemon's business: the one that is configured, and the one of the run

@@ -498,7 +498,7 @@ impl Udp {
         Ok(())
     }
 
-    /// Goes on with other sockets; what has come to those before is carried first.
+    /// Goes on with other sockets. What the workers have in hand is carried first; what still waits in the sockets before is lost.
     fn exchange(&mut self, sockets: Vec<Sockets>) {
         self.engine = None;
         let before = std::mem::replace(&mut self.sockets, sockets);

@@ -69,22 +69,18 @@ impl Doors {
     /// Answers from now on.
     ///
     /// # Errors
-    /// As [`open`](Self::open).
+    /// As [`open`](Self::open), of the health port; the others answer all the same.
     pub(super) fn serve(&mut self, board: &Board) -> Result<(), health::Error> {
-        if let Some(port) = &self.health {
-            health::serve(port, board.clone())?;
-        }
-        self.status
-            .iter_mut()
-            .chain(&mut self.handover)
-            .for_each(Listener::claim);
+        let serve = |socket: Listener| socket::Server::open(socket.claim()?, board.clone());
         let status = self.status.take();
-        self.serving.status =
-            status.and_then(|socket| opened(socket::Server::open(socket, board.clone()), "`flanneld status`"));
+        self.serving.status = status.and_then(|socket| opened(serve(socket), "`flanneld status`"));
+        let serve = |socket: Listener| server::Server::open(socket.claim()?, board.clone());
         let handover = self.handover.take();
-        self.serving.handover =
-            handover.and_then(|socket| opened(server::Server::open(socket, board.clone()), "`flanneld --handover`"));
-        Ok(())
+        self.serving.handover = handover.and_then(|socket| opened(serve(socket), "`flanneld --handover`"));
+        match &self.health {
+            Some(port) => health::serve(port, board.clone()),
+            None => Ok(()),
+        }
     }
 
     /// What a new daemon wants next.
@@ -110,12 +106,18 @@ impl Doors {
 
     /// Leaves the names in the file system to the new daemon.
     pub(super) fn leave(&mut self) {
-        if let Some(server) = &mut self.serving.status {
-            server.listener.leave();
-        }
-        if let Some(server) = &mut self.serving.handover {
-            server.listener.leave();
-        }
+        self.listeners().for_each(Listener::leave);
+    }
+
+    /// The names are this daemon's after all.
+    pub(super) fn stay(&mut self) {
+        self.listeners().for_each(Listener::stay);
+    }
+
+    fn listeners(&mut self) -> impl Iterator<Item = &mut Listener> {
+        let Serving { status, handover } = &mut self.serving;
+        let status = status.iter_mut().map(|server| &mut server.listener);
+        status.chain(handover.iter_mut().map(|server| &mut server.listener))
     }
 }
 

@@ -28,6 +28,7 @@ use crate::{
     network::{BackendKind, Network},
     observe::chain,
     subnet_file::Previous,
+    supervisor::Supervisor,
 };
 
 /// How long packets wait for the registry to tell of the peers. It takes some 50 ms when it is well; a device's queue of 1,000
@@ -45,14 +46,16 @@ pub(super) struct Early {
 }
 
 impl Early {
-    /// Begins with what is remembered, if it was this host's with this address; `left`: what an earlier process has left. What
-    /// does not work is tried again, and told of, by the start as it always is.
+    /// Begins with what is remembered, if it was this host's with this address; `left`: what an earlier process has left, of which
+    /// nothing is left then. What does not work is tried again, and told of, by the start as it always is, with all that was
+    /// `left`. What the `supervisor` keeps is from now on what packets are carried through.
     pub(super) fn begin(
         settings: &Settings,
         external: &External,
         previous: &Previous,
         left: &mut Descriptors,
         failures: &UnboundedSender<Failure>,
+        supervisor: &Supervisor,
     ) -> Option<Self> {
         // Told when it counts: when the registry does not answer.
         let remembered = settings.memory.read(&Origin::of(&*settings.registry)).ok()??;
@@ -71,11 +74,18 @@ impl Early {
         let leases = peers.iter().filter_map(|record| Lease::from_record(record).ok());
         let peers: PeerSet = leases.map(|lease| (lease.subnets, lease.into())).collect();
         let overlays = Overlays::new(&network, previous)?;
-        let left = std::mem::take(left);
-        let begun = backend_of(&network, external, &overlays, settings, left, failures.clone())
+        // The originals are closed when it is certain that they are not needed.
+        let copies = left.try_clone().ok()?;
+        let begun = backend_of(&network, external, &overlays, settings, copies, failures.clone())
             .and_then(|backend| set_up(backend, &network, &lease, &peers));
         match begun {
             Ok(backend) => {
+                *left = Descriptors::default();
+                // To a queue or a socket that the supervisor alone has still come packets, and nobody reads them.
+                match backend.descriptors() {
+                    Ok(descriptors) => supervisor.park(&descriptors),
+                    Err(error) => warn!("cannot copy descriptors for the supervisor: {error}"),
+                }
                 let backend = Arc::new(Mutex::new(Some(backend)));
                 let holding = tokio::spawn(hold(Arc::clone(&backend), peers.len()));
                 info!(

@@ -1,6 +1,6 @@
 //! The running daemon's part in handing over to a new one.
 
-use std::os::fd::OwnedFd;
+use std::{os::fd::OwnedFd, process};
 
 use tracing::{info, warn};
 
@@ -13,6 +13,7 @@ use crate::{
         wire::{Hello, Kind, Offer},
     },
     observe::status::Counts,
+    supervisor::Supervisor,
 };
 
 /// How far this daemon has got in the place of another.
@@ -32,18 +33,22 @@ impl Run<'_> {
         self.stage == Stage::Preparing && self.ruled && self.peers.is_some()
     }
 
-    /// Carries the packets, now that the other daemon does not, and goes on counting.
+    /// Carries the packets, now that the other daemon does not, and goes on counting. Nobody does until this is done, so that all
+    /// else is to come later: the peers are known to the backend already.
     pub(super) fn carry_on(&mut self, counts: &Counts) -> Result<(), Error> {
         self.backend.count_from(counts);
         self.board.count_from(counts);
         self.stage = Stage::Carrying;
-        self.apply()?;
-        self.tell_of_backend();
-        Ok(())
+        Ok(self.backend.resume()?)
     }
 
-    /// The other daemon is gone.
-    pub(super) fn is_alone(&mut self) {
+    /// The other daemon is gone, and who ran it runs this one, unless that has a supervisor of its own.
+    pub(super) fn is_alone(&mut self, theirs: Option<&Supervisor>) {
+        if let Some(theirs) = theirs
+            && self.supervisor.borrow().is_none()
+        {
+            self.supervisor.replace(theirs.clone());
+        }
         self.stage = Stage::Alone;
         self.park();
         self.become_ready();
@@ -90,7 +95,7 @@ impl Run<'_> {
         Ok(Offering {
             offer: Offer {
                 hello: Hello::own(),
-                pid: std::process::id(),
+                pid: process::id(),
                 network_namespace: handover::network_namespace()
                     .map_err(|error| format!("the running flanneld cannot read /proc/self/ns/net: {error}"))?,
                 backend: self.backend.kind().name().to_owned(),
@@ -120,21 +125,37 @@ impl Run<'_> {
             heir.take_back(reason).await;
             return Ok(false);
         }
-        self.backend.pause();
-        if let Err(reason) = heir.install(self.board.counts()).await {
-            self.backend.resume()?;
-            warn!("not handed over: {reason}; going on");
-            heir.take_back(reason).await;
-            return Ok(false);
-        }
-        if let Some(process) = heir.process {
-            self.supervisor.borrow().tell_main_process(process);
-        }
-        // They are the new daemon's now.
-        claims.take();
+        // From here on they are the new daemon's, unless it fails: it goes on with them if this one ends in the midst.
+        let claimed = claims.take();
         doors.leave();
-        heir.release().await;
-        info!("handed everything over to a new flanneld: ending");
-        Ok(true)
+        self.backend.pause();
+        let given = match heir.install(self.board.counts()).await {
+            Ok(()) => self.release(&mut heir).await,
+            Err(reason) => Err(reason),
+        };
+        let Err(reason) = given else {
+            info!("handed everything over to a new flanneld: ending");
+            return Ok(true);
+        };
+        doors.stay();
+        claims.replace(claimed);
+        self.backend.resume()?;
+        warn!("not handed over: {reason}; going on");
+        heir.take_back(reason).await;
+        Ok(false)
+    }
+
+    /// Leaves everything to the new daemon, if it is still there.
+    async fn release(&self, heir: &mut Heir) -> Result<(), String> {
+        let Some(process) = heir.process else {
+            return heir.release().await;
+        };
+        // First, since a supervisor listens to its main process only.
+        self.supervisor.borrow().tell_main_process(process);
+        let released = heir.release().await;
+        if released.is_err() {
+            self.supervisor.borrow().tell_main_process(process::id());
+        }
+        released
     }
 }

@@ -248,7 +248,7 @@ impl Predecessor {
         Ok(())
     }
 
-    /// Lets it stop. Its workers stand still from then on, until this process's [run](Stopped::settle).
+    /// Lets it stop. Its workers stand still from then on, until this process's [run](Stopped::tell_running).
     ///
     /// # Errors
     /// When it does not stop.
@@ -279,7 +279,15 @@ impl Predecessor {
 }
 
 impl Stopped {
-    /// Says that this process carries packets; returns when the other has ended, or is about to.
+    /// Says that this process carries packets.
+    pub async fn tell_running(&mut self) {
+        if let Some(connection) = &mut self.connection {
+            // If it is gone, it may have said something before, which is heard later.
+            let _ = connection.send(&ToRunning::Running, &[]).await;
+        }
+    }
+
+    /// Returns when the other, which was [told](Self::tell_running), has ended or is about to.
     ///
     /// # Errors
     /// [`Error::TakenBack`] when the other goes on after all.
@@ -287,8 +295,6 @@ impl Stopped {
         let Some(mut connection) = self.connection else {
             return Ok(());
         };
-        // If it is gone, it may have said something before.
-        let _ = connection.send(&ToRunning::Running, &[]).await;
         match connection.recv().await {
             Ok(Some(ToHeir::TakenBack { reason })) => Err(Error::TakenBack(reason)),
             Ok(Some(ToHeir::Released)) => Ok(()),

@@ -195,8 +195,13 @@ impl Heir {
             self.connection.send(&ToHeir::Stopped(Box::new(counts)), &[]).await?;
             self.connection.recv().await
         };
-        match timeout(STANDSTILL, installed).await {
-            Ok(Ok(Some(ToRunning::Running))) => Ok(()),
+        let installed = timeout(STANDSTILL, installed).await;
+        match installed {
+            // One that has ended since has not taken over.
+            Ok(Ok(Some(ToRunning::Running))) if self.connection.is_open() => Ok(()),
+            Ok(Ok(Some(ToRunning::Running))) => {
+                Err("the new flanneld has ended as soon as it carried packets".to_owned())
+            }
             Ok(Ok(Some(_))) => Err("the new flanneld does not keep to the handover's order".to_owned()),
             Ok(Ok(None)) => Err("the new flanneld has ended".to_owned()),
             Ok(Err(error)) => Err(format!("the new flanneld cannot be talked to: {error}")),
@@ -207,10 +212,16 @@ impl Heir {
         }
     }
 
-    /// The new daemon is the only one from now on.
-    pub async fn release(mut self) {
-        // If it is gone now, it was the only one: its supervisor starts another.
-        let _ = timeout(PATIENCE, self.connection.send(&ToHeir::Released, &[])).await;
+    /// The new daemon is the only one from now on, unless it is gone.
+    ///
+    /// # Errors
+    /// That it is, for people: as with [`install`](Self::install).
+    pub async fn release(&mut self) -> Result<(), String> {
+        let ended = |error| format!("the new flanneld has ended as soon as it carried packets: {error}");
+        match timeout(PATIENCE, self.connection.send(&ToHeir::Released, &[])).await {
+            Ok(sent) => sent.map_err(ended),
+            Err(_) => Err("the new flanneld does not read what it is told".to_owned()),
+        }
     }
 
     /// Tells the new daemon that this one goes on.

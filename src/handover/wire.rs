@@ -187,6 +187,11 @@ impl Connection {
         u32::try_from(process).ok()
     }
 
+    /// Whether the other end is there still. What it has said and was not received yet does not matter.
+    pub fn is_open(&self) -> bool {
+        rights::is_open(self.stream.as_fd())
+    }
+
     /// Says something, with copies of `descriptors`.
     ///
     /// # Errors
@@ -315,6 +320,16 @@ mod tests {
         assert_eq!(stopped, Some(ToHeir::Stopped(Box::default())));
         assert_eq!(Kind::named("colour"), None);
         assert!(Kind::ALL.iter().all(|kind| Kind::named(kind.name()) == Some(*kind)));
+    }
+
+    #[tokio::test]
+    async fn an_end_that_is_gone_is_seen_at_once() {
+        let (mut one, other) = pair();
+        assert!(other.is_open());
+        one.send(&ToRunning::Running, &[]).await.unwrap();
+        assert!(other.is_open());
+        drop(one);
+        assert!(!other.is_open());
     }
 
     #[tokio::test]

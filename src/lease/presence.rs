@@ -95,6 +95,8 @@ pub enum ClaimError {
         public_ip: Ipv4Addr,
         /// Where the other daemon runs, as it says.
         hostname: String,
+        /// It runs where this process does: on this machine, in this network namespace.
+        here: bool,
         /// The record.
         key: String,
         /// As [`Registry::describe`] says it.
@@ -139,7 +141,7 @@ impl Holder {
             let address = record.key.strip_prefix(HOSTS)?.parse().ok()?;
             let instance: Instance = serde_json::from_slice(&record.value).ok()?;
             let holder = Holder {
-                here: instance.boot == own.boot && instance.network_namespace == own.network_namespace,
+                here: instance.is_beside(&own),
                 same_name: instance.hostname == own.hostname,
                 hostname: instance.hostname,
             };
@@ -245,6 +247,7 @@ impl Presence {
                 self.registry.delete(&held).await?;
                 continue;
             }
+            let here = holder.as_ref().is_some_and(|holder| holder.is_beside(&self.instance));
             let hostname = holder.map_or_else(|| "unknown".to_owned(), |holder| holder.hostname);
             warn!(
                 "{} says that a flanneld on host {hostname:?} uses this host's PublicIP {}: waiting some {} s to see \
@@ -257,6 +260,7 @@ impl Presence {
                 return Err(ClaimError::InUse {
                     public_ip: self.public_ip,
                     hostname,
+                    here,
                     key: full_key(),
                     registry: self.registry.describe(),
                 });
@@ -354,9 +358,14 @@ impl Instance {
         ))
     }
 
+    /// Whether this instance runs, or ran, in the same network namespace as `own`.
+    fn is_beside(&self, own: &Self) -> bool {
+        self.boot == own.boot && self.network_namespace == own.network_namespace
+    }
+
     /// Whether this instance ran in the same network namespace as `own` and does so no longer.
     fn is_dead_neighbour(&self, own: &Self) -> bool {
-        if self.boot != own.boot || self.network_namespace != own.network_namespace {
+        if !self.is_beside(own) {
             return false;
         }
         let bound = SocketAddr::from_abstract_name(&self.socket).and_then(|name| {
@@ -416,7 +425,9 @@ mod tests {
                 tokio::time::sleep(REFRESH).await;
             }
         });
-        let refusal = Presence::claim(&registry, PUBLIC_IP).await.unwrap_err().to_string();
+        let refusal = Presence::claim(&registry, PUBLIC_IP).await.unwrap_err();
+        assert!(matches!(refusal, ClaimError::InUse { here: false, .. }));
+        let refusal = refusal.to_string();
         for part in ["192.0.2.1", "far-away", "--iface", "10.0.2.15"] {
             assert!(refusal.contains(part), "{refusal}");
         }
@@ -429,7 +440,7 @@ mod tests {
         let keeping = tokio::spawn(async move { first.keep().await });
         assert!(matches!(
             Presence::claim(&registry, PUBLIC_IP).await,
-            Err(ClaimError::InUse { .. })
+            Err(ClaimError::InUse { here: true, .. })
         ));
         keeping.abort();
     }

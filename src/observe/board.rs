@@ -108,11 +108,6 @@ impl Board {
         notes.own = Some((own.clone(), left.and_then(expiry)));
     }
 
-    /// Whether this host has, or had, a lease in this run.
-    pub fn has_lease(&self) -> bool {
-        self.notes().own.is_some()
-    }
-
     /// How long the lease has after it was renewed.
     pub fn renewed(&self, left: Duration) {
         if let Some((_, expires)) = &mut self.notes().own {

@@ -6,7 +6,10 @@
 use std::{
     fs, io,
     io::Read,
-    os::{fd::OwnedFd, unix::net::UnixStream},
+    os::{
+        fd::OwnedFd,
+        unix::{fs::MetadataExt, net::UnixStream},
+    },
     path::{Path, PathBuf},
     thread,
     time::Duration,
@@ -71,8 +74,29 @@ pub enum ReadError {
 pub struct Listener {
     path: PathBuf,
     listener: std::os::unix::net::UnixListener,
+    /// The file of that name, when this was opened.
+    file: Option<FileId>,
     /// Whether the name is another process's to remove.
     left: bool,
+}
+
+/// Which file a name leads to: a file system may give the same number again, but not in the same nanosecond.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct FileId {
+    device: u64,
+    inode: u64,
+    made: (i64, i64),
+}
+
+impl FileId {
+    fn of(path: &Path) -> Option<Self> {
+        let file = fs::metadata(path).ok()?;
+        Some(Self {
+            device: file.dev(),
+            inode: file.ino(),
+            made: (file.mtime(), file.mtime_nsec()),
+        })
+    }
 }
 
 impl Listener {
@@ -88,6 +112,7 @@ impl Listener {
         Ok(Self {
             path: path.to_owned(),
             listener,
+            file: FileId::of(path),
             left: false,
         })
     }
@@ -102,13 +127,29 @@ impl Listener {
         is_it.then(|| Self {
             path: path.to_owned(),
             listener,
+            file: FileId::of(path),
             left: true,
         })
     }
 
-    /// The name is this process's to remove.
-    pub fn claim(&mut self) {
-        self.left = false;
+    /// The name is this process's to remove. The socket is opened anew if its name is gone or leads elsewhere: the process that
+    /// has opened it has ended without leaving it.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn claim(mut self) -> Result<Self, OpenError> {
+        if self.is_in_place() {
+            self.left = false;
+            return Ok(self);
+        }
+        let path = self.path.clone();
+        drop(self);
+        Self::open(&path)
+    }
+
+    /// Whether who connects to the name comes here.
+    fn is_in_place(&self) -> bool {
+        self.file.is_some() && FileId::of(&self.path) == self.file
     }
 
     /// The same socket, for another process.
@@ -122,6 +163,11 @@ impl Listener {
     /// Another process goes on with it: the name stays.
     pub fn leave(&mut self) {
         self.left = true;
+    }
+
+    /// It does not after all.
+    pub fn stay(&mut self) {
+        self.left = false;
     }
 
     /// To wait for those who connect.
@@ -140,7 +186,8 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if !self.left {
+        // What another process has put in its place is that one's.
+        if !self.left && self.is_in_place() {
             // Gone already, or in a directory that cannot be written any more: the next daemon replaces it.
             let _ = fs::remove_file(&self.path);
         }
@@ -304,17 +351,36 @@ mod tests {
         let mut first = Listener::open(&path).unwrap();
         drop(Listener::adopt(&path, first.hand().unwrap()).unwrap());
         assert!(path.exists(), "it was not claimed");
-        let mut second = Listener::adopt(&path, first.hand().unwrap()).unwrap();
+        let second = Listener::adopt(&path, first.hand().unwrap()).unwrap();
         assert!(Listener::adopt(&dir.0.join("another.sock"), first.hand().unwrap()).is_none());
         first.leave();
         drop(first);
-        second.claim();
+        let second = second.claim().unwrap();
         let server = Server::open(second, Board::new("a test".to_owned())).unwrap();
         let asked = path.clone();
         let read = tokio::task::spawn_blocking(move || read(&asked));
         assert_eq!(read.await.unwrap().unwrap().registry.name, "a test");
         drop(server);
         assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn a_socket_whose_name_has_gone_with_the_first_process_is_opened_anew() {
+        let dir = Dir::new("anew");
+        let path = dir.0.join("subnet.sock");
+        let first = Listener::open(&path).unwrap();
+        let second = Listener::adopt(&path, first.hand().unwrap()).unwrap();
+        drop(first);
+        assert!(!path.exists());
+        let second = second.claim().unwrap();
+        // Another's is left alone.
+        fs::remove_file(&path).unwrap();
+        let third = Listener::open(&path).unwrap();
+        drop(second);
+        let server = Server::open(third, Board::new("a test".to_owned())).unwrap();
+        let read = tokio::task::spawn_blocking(move || read(&path));
+        assert_eq!(read.await.unwrap().unwrap().registry.name, "a test");
+        drop(server);
     }
 
     #[test]

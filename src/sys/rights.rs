@@ -57,6 +57,18 @@ pub fn recv(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Vec
     Ok((message.bytes, descriptors))
 }
 
+/// Whether the other end of a stream is open still, whatever there is to be received from it.
+pub fn is_open(stream: BorrowedFd<'_>) -> bool {
+    // The end is told without being asked for (poll(2)).
+    let mut poll = libc::pollfd {
+        fd: stream.as_raw_fd(),
+        events: 0,
+        revents: 0,
+    };
+    // SAFETY: one valid pollfd, and its count is 1; with a time of 0 it does not wait.
+    unsafe { libc::poll(&mut poll, 1, 0) == 0 }
+}
+
 /// The descriptors that this process was started with by a supervisor, each with its name, closed on exec from now on; none
 /// if it was started without any, and at the second call.
 ///

@@ -106,14 +106,22 @@ impl TunQueue {
 }
 
 impl Tun {
-    /// The device whose queues these are, which another process has opened: they hold what has come meanwhile.
+    /// The device whose queues these are, which another process has opened: they hold what has come meanwhile. Those of a device
+    /// that is gone are closed, if there are others.
     ///
     /// # Errors
     /// `EBADFD`: the device is gone. `InvalidInput`: not the queues of one TUN device as they are made here.
     pub fn adopt(queues: Vec<OwnedFd>) -> io::Result<Self> {
         let mut device: Option<Self> = None;
+        let mut gone = None;
         for queue in queues {
-            let (name, flags) = interface_of(&queue)?;
+            let (name, flags) = match interface_of(&queue) {
+                Err(error) if error.raw_os_error() == Some(libc::EBADFD) => {
+                    gone = Some(error);
+                    continue;
+                }
+                found => found?,
+            };
             let is = |flag| flags & flag != 0;
             if !is(libc::IFF_TUN) || !is(libc::IFF_NO_PI) {
                 return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a TUN device's queue"));
@@ -131,7 +139,8 @@ impl Tun {
                 headers: is(libc::IFF_VNET_HDR),
             }));
         }
-        device.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "no queue"))
+        let none = || gone.unwrap_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "no queue"));
+        device.ok_or_else(none)
     }
 
     /// Whether virtio headers stand in front of its packets.

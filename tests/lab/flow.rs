@@ -2,7 +2,7 @@
 //! TCP connection.
 
 use super::{
-    PATIENCE, inside,
+    Overlay, PATIENCE, inside,
     stream::{Report, Stream},
     traffic::new_port,
 };
@@ -19,7 +19,7 @@ use std::{
 };
 
 /// 1,000 datagrams, and messages over TCP, a second.
-const INTERVAL: Duration = Duration::from_millis(1);
+pub(crate) const INTERVAL: Duration = Duration::from_millis(1);
 
 /// Both kinds of flow under way.
 pub(crate) struct Flows {
@@ -35,9 +35,13 @@ impl Flows {
 
     /// As [`Flows::start`], with a connection that nothing may pass over for as long as `patience`.
     pub(crate) fn start_for(from: &Container, to: &Container, patience: Duration) -> Flows {
+        Flows::start_every(from, to, patience, INTERVAL)
+    }
+
+    fn start_every(from: &Container, to: &Container, patience: Duration, interval: Duration) -> Flows {
         Flows {
-            udp: Stream::start(from, to, INTERVAL),
-            tcp: TcpFlow::start(from, to, patience),
+            udp: Stream::start(from, to, interval),
+            tcp: TcpFlow::start(from, to, patience, interval),
         }
     }
 
@@ -62,7 +66,50 @@ impl Flows {
     }
 }
 
-/// A TCP connection with a numbered message each [`INTERVAL`].
+/// Flows between the first two containers of an overlay, in both directions.
+pub(crate) struct BothWays([Flows; 2]);
+
+/// What came of them.
+#[derive(Debug)]
+pub(crate) struct Lost {
+    /// Datagrams that did not arrive, in each direction.
+    pub(crate) each_way: [usize; 2],
+    /// Datagrams sent, in both.
+    pub(crate) sent: u64,
+}
+
+impl BothWays {
+    /// Starts them, with as many datagrams and messages as [`Flows::start`].
+    pub(crate) fn start(overlay: &Overlay) -> BothWays {
+        BothWays::start_every(overlay, INTERVAL)
+    }
+
+    /// As [`BothWays::start`], with a datagram and a message each `interval`.
+    pub(crate) fn start_every(overlay: &Overlay, interval: Duration) -> BothWays {
+        let [one, two, ..] = &overlay.containers[..] else {
+            unreachable!("two hosts at least")
+        };
+        BothWays([(one, two), (two, one)].map(|(from, to)| Flows::start_every(from, to, PATIENCE, interval)))
+    }
+
+    /// Ends them, and fails the test if the connections did not hold.
+    pub(crate) fn finish(self) -> Lost {
+        let reports = self.0.map(Flows::finish);
+        Lost {
+            sent: reports.iter().map(|report| report.sent).sum(),
+            each_way: reports.map(|report| report.lost.len()),
+        }
+    }
+}
+
+impl Lost {
+    /// In the direction that has lost more.
+    pub(crate) fn most(&self) -> usize {
+        self.each_way.into_iter().max().unwrap_or_default()
+    }
+}
+
+/// A TCP connection with a numbered message each interval.
 struct TcpFlow {
     stop: Arc<AtomicBool>,
     sender: JoinHandle<u64>,
@@ -70,7 +117,7 @@ struct TcpFlow {
 }
 
 impl TcpFlow {
-    fn start(from: &Container, to: &Container, patience: Duration) -> TcpFlow {
+    fn start(from: &Container, to: &Container, patience: Duration, interval: Duration) -> TcpFlow {
         let address = SocketAddr::from((to.ip, new_port()));
         let listener = inside(&to.ns, || TcpListener::bind(address)).unwrap();
         let mut sending = inside(&from.ns, || TcpStream::connect_timeout(&address, PATIENCE)).unwrap();
@@ -85,7 +132,7 @@ impl TcpFlow {
             while !stopping.load(Ordering::Relaxed) {
                 sending.write_all(&sent.to_be_bytes()).unwrap();
                 sent += 1;
-                let due = start + INTERVAL.mul_f64(sent as f64);
+                let due = start + interval.mul_f64(sent as f64);
                 thread::sleep(due.saturating_duration_since(Instant::now()));
             }
             sent

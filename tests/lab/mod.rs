@@ -305,7 +305,11 @@ impl Daemon {
             seccomp::refuse(&mut command, *call);
         }
         let log = self.dir.join(format!("{}.{}.log", self.name, self.runs));
-        self.process = Some(Process::spawn(&self.name, command, &log).unwrap());
+        let process = Process::spawn(&self.name, command, &log).unwrap();
+        if let Some(supervisor) = &self.supervisor {
+            supervisor.has_started(process.pid());
+        }
+        self.process = Some(process);
     }
 
     /// Starts it and waits until it is ready.
@@ -368,11 +372,21 @@ impl Daemon {
 
     /// Waits until it remembers this many peers.
     pub(crate) fn wait_until_remembered(&self, peers: usize) {
-        let what = format!("{} to remember {peers} peers", self.name);
-        wait_until(PATIENCE, &what, || {
-            let text = fs::read_to_string(self.state_file()).unwrap_or_default();
-            let state: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+        self.wait_until_state(&format!("{peers} peers"), |text| {
+            let state: serde_json::Value = serde_json::from_str(text).unwrap_or_default();
             state["Peers"].as_array().is_some_and(|known| known.len() == peers)
+        });
+    }
+
+    /// Waits until what it remembers contains `text`.
+    pub(crate) fn wait_until_state_has(&self, text: &str) {
+        self.wait_until_state(text, |state| state.contains(text));
+    }
+
+    fn wait_until_state(&self, wanted: &str, has: impl Fn(&str) -> bool) {
+        let what = format!("{} to remember {wanted}", self.name);
+        wait_until(PATIENCE, &what, || {
+            fs::read_to_string(self.state_file()).is_ok_and(|state| has(&state))
         })
         .unwrap();
     }
@@ -580,6 +594,19 @@ impl Overlay {
             }
         }
     }
+}
+
+/// All that the kernel says of the `udp` backend's device, but how much it has carried.
+pub(crate) fn tunnel_device(ns: &Namespace) -> String {
+    let told = [
+        "-d -o link show dev flannel0",
+        "-o address show dev flannel0",
+        "route show dev flannel0",
+    ];
+    let told = told.map(|command| ns.ip(command).unwrap()).concat();
+    let features = output_of(ns, "ethtool", ["-k", "flannel0"]);
+    assert!(features.contains("tx-checksum-ip-generic"), "{features}");
+    told + &features
 }
 
 /// One run of ping with `count` requests.

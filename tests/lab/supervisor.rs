@@ -1,12 +1,16 @@
-//! A supervisor as systemd is one: it runs a daemon, listens to what that tells it (`NOTIFY_SOCKET`), keeps descriptors for it in a
-//! store, and hands them to the next process (`LISTEN_FDS`).
+//! A supervisor as systemd is one: it runs a daemon, listens to what that tells it (`NOTIFY_SOCKET`) and to nobody else
+//! (`NotifyAccess=main`), keeps descriptors for it in a store, and hands them to the next process (`LISTEN_FDS`).
 
 use super::{Daemon, PATIENCE};
 use flannel::{lab::wait_until, sys::rights};
+use nix::{
+    cmsg_space,
+    sys::socket::{ControlMessageOwned, MsgFlags, UnixCredentials, recvmsg, setsockopt, sockopt::PassCred},
+};
 use std::{
-    io,
+    io::{self, IoSliceMut},
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd, RawFd},
+        fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
         unix::{net::UnixDatagram, process::CommandExt},
     },
     process::{self, Command},
@@ -38,6 +42,10 @@ pub(crate) struct Supervisor {
 pub(crate) struct Heard {
     /// Each assignment of each message, in order.
     pub(crate) told: Vec<String>,
+    /// What others than the main process have said, which is not listened to.
+    refused: Vec<String>,
+    /// The main process; `None` while it is being started.
+    main: Option<u32>,
     store: Vec<Kept>,
 }
 
@@ -54,16 +62,17 @@ impl Supervisor {
     pub(crate) fn listen(socket: UnixDatagram, most: usize) -> Supervisor {
         // Short, since between two messages the store is looked at, as systemd does all the time.
         socket.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+        setsockopt(&socket, PassCred, &true).unwrap();
         let heard = Arc::new(Mutex::new(Heard::default()));
         let ending = Arc::new(AtomicBool::new(false));
         let (shared, end) = (Arc::clone(&heard), Arc::clone(&ending));
         let listener = thread::spawn(move || {
             let mut buffer = [0; 4_096];
             while !end.load(Ordering::Relaxed) {
-                match rights::recv(socket.as_fd(), &mut buffer) {
-                    Ok((length, descriptors)) => {
+                match recv(&socket, &mut buffer) {
+                    Ok((length, descriptors, sender)) => {
                         let message = String::from_utf8_lossy(&buffer[..length]).into_owned();
-                        shared.lock().unwrap().hear(&message, descriptors, most);
+                        shared.lock().unwrap().hear(&message, descriptors, sender, most);
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                     Err(error) => panic!("the supervisor cannot listen: {error}"),
@@ -98,6 +107,28 @@ impl Supervisor {
         self.heard().told.iter().any(|told| told == assignment)
     }
 
+    /// What others than the main process have told it.
+    pub(crate) fn refused(&self) -> Vec<String> {
+        self.heard().refused.clone()
+    }
+
+    /// The process that it has just started is the main one.
+    pub(crate) fn has_started(&self, pid: u32) {
+        self.heard().main = Some(pid);
+    }
+
+    /// Puts a descriptor into the store, as if the daemon had.
+    pub(crate) fn keep(&self, name: &str, descriptor: OwnedFd) {
+        self.heard().store.insert(
+            0,
+            Kept {
+                name: name.to_owned(),
+                descriptor,
+                polled: false,
+            },
+        );
+    }
+
     /// Before another process is started.
     pub(crate) fn forget_told(&self) {
         self.heard().told.clear();
@@ -116,7 +147,8 @@ impl Supervisor {
     /// Lets `command`, whose program has to be a shell's argument, begin with all that is in the store.
     pub(crate) fn hand_to(&self, command: &mut Command) {
         command.env("FDSTORE", self.most.to_string());
-        let heard = self.heard();
+        let mut heard = self.heard();
+        heard.main = None;
         if heard.store.is_empty() {
             return;
         }
@@ -164,7 +196,11 @@ impl Drop for Supervisor {
 }
 
 impl Heard {
-    fn hear(&mut self, message: &str, descriptors: Vec<OwnedFd>, most: usize) {
+    fn hear(&mut self, message: &str, descriptors: Vec<OwnedFd>, sender: Option<u32>, most: usize) {
+        if self.main.is_some() && sender != self.main {
+            self.refused.extend(message.lines().map(str::to_owned));
+            return;
+        }
         let value = |name: &str| {
             let mut lines = message.lines();
             lines
@@ -172,6 +208,9 @@ impl Heard {
                 .map(str::to_owned)
         };
         self.told.extend(message.lines().map(str::to_owned));
+        if let Some(main) = value("MAINPID") {
+            self.main = Some(main.parse().unwrap());
+        }
         let name = value("FDNAME").unwrap_or_else(|| "stored".to_owned());
         if value("FDSTOREREMOVE").as_deref() == Some("1") {
             self.store.retain(|kept| kept.name != name);
@@ -208,6 +247,30 @@ impl Heard {
             !(kept.polled && polled > 0 && poll.revents & (libc::POLLHUP | libc::POLLERR) != 0)
         });
     }
+}
+
+/// The next message: its length, its descriptors, and the process that has sent it.
+fn recv(socket: &UnixDatagram, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>, Option<u32>)> {
+    let mut control = cmsg_space!([RawFd; rights::MOST], UnixCredentials);
+    let mut slices = [IoSliceMut::new(buffer)];
+    let message = recvmsg::<()>(
+        socket.as_raw_fd(),
+        &mut slices,
+        Some(&mut control),
+        MsgFlags::MSG_CMSG_CLOEXEC,
+    )?;
+    let (mut descriptors, mut sender) = (Vec::new(), None);
+    for part in message.cmsgs()? {
+        match part {
+            ControlMessageOwned::ScmRights(raw) => {
+                // SAFETY: the kernel has just made these for this process, and nobody else knows of them.
+                descriptors.extend(raw.into_iter().map(|raw| unsafe { OwnedFd::from_raw_fd(raw) }));
+            }
+            ControlMessageOwned::ScmCredentials(credentials) => sender = u32::try_from(credentials.pid()).ok(),
+            _ => {}
+        }
+    }
+    Ok((message.bytes, descriptors, sender))
 }
 
 /// Whether both are one open file (kcmp(2)).
