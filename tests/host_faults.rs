@@ -242,9 +242,9 @@ fn a_daemon_without_a_free_descriptor_carries_packets_and_recovers() {
     // And what has to be made anew waits for descriptors: those that the old device leaves are above the limit.
     limit_to(4);
     by_hand(&ns, "ip link del flannel0");
-    daemon.wait_for_log("flannel0 was removed");
-    daemon.wait_for_log("Too many open files");
+    daemon.wait_for_log("looking after the TUN device failed");
     limit_to(1_024);
+    daemon.wait_for_log("flannel0 was removed");
     assert_reaches(&one.ns, two.ip);
     drop(waiting);
     wait_for_status(daemon, "etcd to be there again", |status| {
