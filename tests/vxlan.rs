@@ -355,6 +355,10 @@ fn a_daemon_killed_at_any_moment_of_its_start_loses_no_packet() {
 fn without_etcd_damage_is_mended_and_a_new_start_breaks_no_flow() {
     let (mut overlay, mut server) = Overlay::start_on_etcd("vx_noetcd", CONFIG, 2);
     overlay.assert_all_reach_all();
+    // Those who start without etcd go by what was last written down, at most once in some seconds.
+    for daemon in &overlay.daemons {
+        daemon.wait_until_remembered(1);
+    }
     server.kill();
     let (before, known_as) = (tunnels(&overlay, 0, DEVICE), mac(overlay.hosts[0].ns(), DEVICE));
     by_hand(overlay.hosts[0].ns(), "ip link del flannel.1");
