@@ -21,7 +21,11 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tokio::{sync::watch::Receiver, task::spawn_blocking, time::sleep};
+use tokio::{
+    sync::watch::Receiver,
+    task::spawn_blocking,
+    time::{Instant, sleep},
+};
 use tracing::warn;
 
 use super::{
@@ -43,6 +47,9 @@ const VERSION: u32 = 1;
 /// How often it is written at most: a storm of thousands of changes must not make as many writes. What changed in the last
 /// seconds before an end is known by the next start unless the registry went away in just these.
 const PAUSE: Duration = Duration::from_secs(5);
+/// After a time without changes it is less, and grows while they go on: a daemon of a kernel backend that is killed, and started without
+/// the registry, withdraws what it does not find in the file.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
 
 /// So much earlier than by our count the lease counts as run out: the registry's count began before we had its answer, which
 /// may take as long as a slow registry is waited for.
@@ -263,6 +270,7 @@ impl Memory {
         mut peers: Receiver<Option<Arc<PeerSet>>>,
     ) -> Infallible {
         let mut outage = Outage::of("remembering the leases for a start without the registry");
+        let (mut pause, mut last) = (FIRST_PAUSE, Instant::now());
         loop {
             let (own, others) = (held.borrow_and_update().clone(), peers.borrow_and_update().clone());
             if let (true, Some(others)) = (own.confirmed, others) {
@@ -273,7 +281,12 @@ impl Memory {
                         continue;
                     }
                 }
-                sleep(PAUSE).await;
+                if last.elapsed() > 2 * PAUSE {
+                    pause = FIRST_PAUSE;
+                }
+                last = Instant::now();
+                sleep(pause).await;
+                pause = PAUSE.min(2 * pause);
             }
             // Who sends lives as long as the daemon.
             tokio::select! {
