@@ -20,7 +20,7 @@ use flannel::{
     lab::{Host, Lab},
     lease::{
         record::{BackendType, Lease, LeaseValue, Subnets},
-        watch::PeerSet,
+        watch::{PeerSet, Picture},
     },
     network::{self, BackendKind, Network},
     registry::Revision,
@@ -97,7 +97,7 @@ impl Member {
 
     fn meet(&mut self, other: &Lease) {
         let peers = PeerSet::from([(other.subnets, Arc::new(other.clone()))]);
-        self.backend.apply(&peers).unwrap();
+        self.backend.apply(&Picture::complete(peers)).unwrap();
     }
 
     fn address(&self) -> Ipv4Addr {

@@ -28,6 +28,7 @@ use std::{
 };
 
 use ipnet::Ipv4Net;
+use serde_json::Value;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, oneshot, watch},
@@ -57,7 +58,7 @@ use crate::{
         remembered::{Memory, Origin, Remembered},
         republish::publish,
         screen::Screen,
-        watch::{self as lease_watch, OwnAddresses, PeerSet, Revoked},
+        watch::{self as lease_watch, OwnAddresses, PeerSet, Picture, Revoked},
     },
     network::{self, BackendKind, LoadError, Network},
     observe::{self, board::Board, health, outage::Outage, registry::Observed},
@@ -295,6 +296,10 @@ async fn serve(
         Some(_) => None,
         None => {
             let left = std::mem::take(&mut left);
+            let known = remembered.as_ref().map(|remembered| &remembered.own.lease.value);
+            // One that came to another address is another host, maybe a copy of this one.
+            let known = known.filter(|known| known.public_ip == external.public_ip);
+            let known_as = known.and_then(|known| known.backend_data.as_ref());
             Some(backend_of(
                 &network,
                 &external,
@@ -302,6 +307,7 @@ async fn serve(
                 settings,
                 left,
                 failures.clone(),
+                known_as,
             )?)
         }
     };
@@ -367,7 +373,7 @@ async fn serve(
         (None, backend) => {
             let mut backend = match backend {
                 Some(backend) => backend,
-                None => backend_of(&network, &external, &overlays, settings, left, failures)?,
+                None => backend_of(&network, &external, &overlays, settings, left, failures, None)?,
             };
             backend.start(&network, &own.lease)?;
             backend
@@ -381,7 +387,7 @@ async fn serve(
     let blackhole = Blackhole::new(&mut kernel, dropped, &overlays);
 
     let addresses = OwnAddresses::new(own.lease.value.public_ip);
-    let (publish, mut peers) = watch::channel(None);
+    let (publish, mut pictures) = watch::channel(None);
     let (here, addresses_here) = watch::channel(kernel.ipv4_addresses()?);
     let screen = Screen::new(&network, &own.lease, addresses_here);
     let holding = Holding::new(own.clone(), first.is_none());
@@ -421,7 +427,7 @@ async fn serve(
         backend,
         blackhole,
         lease: own.lease,
-        peers: None,
+        picture: None,
         here,
         board,
         ruled: false,
@@ -500,8 +506,8 @@ async fn serve(
                 }
                 unverified = unverified.filter(|unverified| !unverified.is_over(board));
             }
-            Ok(()) = peers.changed() => {
-                run.peers = peers.borrow_and_update().clone();
+            Ok(()) = pictures.changed() => {
+                run.picture = pictures.borrow_and_update().clone();
                 run.apply()?;
             }
             Ok(()) = &mut rules_in_place, if !run.ruled => {
@@ -590,7 +596,7 @@ struct Run<'a> {
     blackhole: Blackhole,
     lease: Lease,
     /// `None` until the registry has told.
-    peers: Option<Arc<PeerSet>>,
+    picture: Option<Picture>,
     /// Where the watch of the leases learns this host's addresses from.
     here: watch::Sender<Vec<Ipv4Net>>,
     board: &'a Board,
@@ -621,14 +627,14 @@ struct Run<'a> {
 impl Run<'_> {
     /// Lets the backend serve the peers. What is to be carried to them has waited till then.
     fn apply(&mut self) -> Result<(), Error> {
-        let Some(peers) = &self.peers else { return Ok(()) };
-        self.backend.apply(peers)?;
+        let Some(picture) = &self.picture else { return Ok(()) };
+        self.backend.apply(picture)?;
         if self.stage != Stage::Preparing {
             self.backend.resume()?;
         }
         self.park();
-        let Some(peers) = &self.peers else { return Ok(()) };
-        self.board.peers(Arc::clone(peers));
+        let Some(picture) = &self.picture else { return Ok(()) };
+        self.board.peers(Arc::clone(&picture.peers));
         self.become_ready();
         Ok(())
     }
@@ -646,12 +652,12 @@ impl Run<'_> {
 
     /// Lets packets come, once the rules and the first picture of the peers are in place.
     fn become_ready(&mut self) {
-        match &self.peers {
+        match &self.picture {
             None => self.board.waiting_for("the other hosts' leases"),
             Some(_) if !self.ruled => self.board.waiting_for("the traffic rules"),
             Some(_) if self.stage != Stage::Alone => self.board.waiting_for("the other flanneld to hand over"),
-            Some(peers) if !self.ready => {
-                let peers = peers.len();
+            Some(picture) if !self.ready => {
+                let peers = picture.peers.len();
                 if !self.settled {
                     self.settled = true;
                     self.settings.sandbox.settle(self.needs());
@@ -678,7 +684,7 @@ impl Run<'_> {
             return;
         }
         // The udp backend's device goes with it; routes in the kernel would stay.
-        if let Err(error) = self.backend.apply(&PeerSet::new()) {
+        if let Err(error) = self.backend.apply(&Picture::complete(PeerSet::new())) {
             warn!("{error}; packets may still leave with addresses of a subnet that is another host's");
         }
     }
@@ -958,6 +964,7 @@ fn backend_of(
     settings: &Settings,
     left: Descriptors,
     failures: mpsc::UnboundedSender<Failure>,
+    known_as: Option<&Value>,
 ) -> Result<Box<dyn Backend>, backend::Error> {
     let kind = network.backend().kind();
     if network.ipv6().is_some() && kind != BackendKind::Udp {
@@ -975,7 +982,7 @@ fn backend_of(
                 sandbox,
             )?)
         }
-        network::Backend::Vxlan(vxlan) => Box::new(Vxlan::new(external, vxlan.clone(), overlays)?),
+        network::Backend::Vxlan(vxlan) => Box::new(Vxlan::new(external, vxlan.clone(), overlays, known_as)?),
         network::Backend::HostGw => Box::new(HostGw::new(external, overlays)?),
     })
 }

@@ -12,7 +12,7 @@ use flannel::{
     lab::{Namespace, wait_until},
     lease::{
         record::{Lease, LeaseValue, Subnets},
-        watch::PeerSet,
+        watch::{PeerSet, Picture},
     },
     network::{self, BackendKind, Network},
     registry::Revision,
@@ -415,10 +415,11 @@ fn thousands_of_peers_are_programmed_in_seconds_and_a_change_of_one_in_milliseco
             unreachable!()
         };
         let overlays = Overlays::new(&network, &Previous::default()).unwrap();
-        let mut peers: PeerSet = (0..PEERS)
+        let peers: PeerSet = (0..PEERS)
             .map(lease)
             .map(|lease| (lease.subnets, Arc::new(lease)))
             .collect();
+        let mut picture = Picture::complete(peers);
         inside(host.ns(), || {
             let wish = Wish::default();
             let external = external::choose(&mut Kernel::open().unwrap(), &wish).unwrap();
@@ -431,21 +432,22 @@ fn thousands_of_peers_are_programmed_in_seconds_and_a_change_of_one_in_milliseco
                 busy
             };
             let start = || {
-                let mut vxlan = Vxlan::new(&external, configuration.clone(), &overlays).unwrap();
+                let mut vxlan = Vxlan::new(&external, configuration.clone(), &overlays, None).unwrap();
                 vxlan.start(&network, &lease(PEERS)).unwrap();
                 vxlan
             };
             let mut vxlan = start();
-            let busy = timed("all of them", &mut || vxlan.apply(&peers).unwrap());
+            let busy = timed("all of them", &mut || vxlan.apply(&picture).unwrap());
             assert!(busy < Duration::from_secs(3), "{busy:?}");
             let mut vxlan = start();
-            timed("found as they are", &mut || vxlan.apply(&peers).unwrap());
-            let busy = timed("nothing has changed", &mut || vxlan.apply(&peers).unwrap());
+            timed("found as they are", &mut || vxlan.apply(&picture).unwrap());
+            let busy = timed("nothing has changed", &mut || vxlan.apply(&picture).unwrap());
             assert!(busy < limit, "{busy:?}");
             let (gone, new) = (lease(7), lease(PEERS + 1));
+            let peers = Arc::make_mut(&mut picture.peers);
             peers.remove(&gone.subnets);
             peers.insert(new.subnets, Arc::new(new));
-            let busy = timed("one gone and one new", &mut || vxlan.apply(&peers).unwrap());
+            let busy = timed("one gone and one new", &mut || vxlan.apply(&picture).unwrap());
             assert!(busy < limit, "{busy:?}");
         });
         let count = host.ns().ip("route show proto 85").unwrap().lines().count();

@@ -355,10 +355,7 @@ fn a_daemon_killed_at_any_moment_of_its_start_loses_no_packet() {
 fn without_etcd_damage_is_mended_and_a_new_start_breaks_no_flow() {
     let (mut overlay, mut server) = Overlay::start_on_etcd("vx_noetcd", CONFIG, 2);
     overlay.assert_all_reach_all();
-    // Those who start without etcd go by what was last written down, at most once in some seconds.
-    for daemon in &overlay.daemons {
-        daemon.wait_until_remembered(1);
-    }
+    overlay.daemons[0].wait_until_remembered(1);
     server.kill();
     let (before, known_as) = (tunnels(&overlay, 0, DEVICE), mac(overlay.hosts[0].ns(), DEVICE));
     by_hand(overlay.hosts[0].ns(), "ip link del flannel.1");
@@ -371,17 +368,43 @@ fn without_etcd_damage_is_mended_and_a_new_start_breaks_no_flow() {
     assert_reaches(&overlay.containers[0].ns, overlay.containers[1].ip);
 
     let flows = Flows::start(&overlay.containers[0], &overlay.containers[1]);
-    for daemon in &mut overlay.daemons {
-        daemon.kill9();
-        daemon.start();
-    }
-    overlay.daemons[0].wait_for_log("failed, trying again");
+    overlay.daemons.iter_mut().for_each(Daemon::kill9);
+    // As if the other one had come just now: what is known is written down once in some seconds at most.
+    overlay.daemons[0].forget_peers();
+    overlay.daemons.iter_mut().for_each(Daemon::start);
+    overlay.daemons[0].wait_ready();
+    overlay.daemons[0].wait_for_log("0 peers. Packets flow");
+    assert_programmed(&overlay.hosts[0], DEVICE, &before, Duration::ZERO);
     server.restart();
-    for daemon in &mut overlay.daemons {
-        daemon.wait_ready();
-    }
+    overlay.daemons[0].wait_for_log("the registry answers");
+    overlay.daemons[1].wait_ready();
     flows.finish_without_loss();
     assert_programmed(&overlay.hosts[0], DEVICE, &before, Duration::ZERO);
+}
+
+#[test]
+fn a_machine_that_starts_again_is_known_by_the_same_mac() {
+    let (mut overlay, mut server) = Overlay::start_on_etcd("vx_reboot", CONFIG, 2);
+    overlay.assert_all_reach_all();
+    overlay.daemons[0].wait_until_remembered(1);
+    let ns = overlay.hosts[0].ns().clone();
+    let (programmed, known_as) = (tunnels(&overlay, 0, DEVICE), mac(&ns, DEVICE));
+    let published = lease(&server, overlay.subnet(0));
+    for etcd_is_there in [true, false] {
+        if !etcd_is_there {
+            server.kill();
+        }
+        overlay.daemons[0].kill9();
+        by_hand(&ns, "ip link del flannel.1");
+        overlay.daemons[0].start_and_wait();
+        assert_eq!(mac(&ns, DEVICE), known_as, "etcd is there: {etcd_is_there}");
+        assert_programmed(&overlay.hosts[0], DEVICE, &programmed, REPAIR);
+        assert_reaches(&overlay.containers[0].ns, overlay.containers[1].ip);
+        assert_reaches(&overlay.containers[1].ns, overlay.containers[0].ip);
+    }
+    server.restart();
+    overlay.daemons[0].wait_for_log("the registry answers");
+    assert_eq!(lease(&server, overlay.subnet(0)), published);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     kernel::{self, Kernel, external::External, monitor::Change},
-    lease::{record::Lease, watch::PeerSet},
+    lease::{record::Lease, watch::Picture},
     network::{BackendKind, Network},
     observe::{board::Report, status::Counts},
 };
@@ -40,10 +40,11 @@ impl HostGw {
         })
     }
 
-    fn try_apply(&mut self, peers: &PeerSet) -> Result<(), kernel::Error> {
+    fn try_apply(&mut self, picture: &Picture) -> Result<(), kernel::Error> {
+        let peers = &picture.peers;
         let hosts: Vec<IpAddr> = peers.values().map(|lease| lease.value.public_ip.into()).collect();
         let paths = self.programming.paths(&hosts)?;
-        let mut desired = Desired::default();
+        let mut desired = Desired::new(picture.complete);
         for lease in peers.values() {
             let (subnet, host) = (IpNet::V4(lease.subnets.v4()), IpAddr::V4(lease.value.public_ip));
             let path = paths.get(&host).and_then(Option::as_ref);
@@ -111,8 +112,8 @@ impl Backend for HostGw {
         Ok(())
     }
 
-    fn apply(&mut self, peers: &PeerSet) -> Result<(), Error> {
-        if let Err(error) = self.try_apply(peers) {
+    fn apply(&mut self, picture: &Picture) -> Result<(), Error> {
+        if let Err(error) = self.try_apply(picture) {
             self.complaints.say(&format!("{error}; trying again"));
             self.programming.distrust();
             self.programming.note_trouble();

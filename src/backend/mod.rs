@@ -23,7 +23,7 @@ use serde_json::Value;
 
 use crate::{
     kernel::{self, external::External, monitor::Change},
-    lease::{record::Lease, watch::PeerSet},
+    lease::{record::Lease, watch::Picture},
     network::{BackendKind, Network},
     observe::{board::Report, status::Counts},
     subnet_file::Previous,
@@ -79,11 +79,11 @@ pub trait Backend: Send {
     /// Goes on counting from what the process before has counted; only while no packets are carried.
     fn count_from(&mut self, before: &Counts);
 
-    /// Makes `peers` reachable, and none besides.
+    /// Makes the peers of `picture` reachable, and none besides if these are all; else what the kernel holds for others stays.
     ///
     /// # Errors
     /// When the backend cannot go on. What the kernel refuses for the moment is logged, and tried again.
-    fn apply(&mut self, peers: &PeerSet) -> Result<(), Error>;
+    fn apply(&mut self, picture: &Picture) -> Result<(), Error>;
 
     /// Takes note of what has changed in the kernel: whether [`Backend::apply`] has to look at it.
     fn notice(&mut self, changes: &[Change]) -> bool {

@@ -176,7 +176,7 @@ impl Programming {
             debug!("{} operations for {} subnets", operations.len(), desired.len());
         }
         self.refusals.end_round();
-        if !self.trouble {
+        if !self.trouble && desired.is_complete() {
             self.scope.networks.clone_from(&self.lasting);
         }
         Ok(())

@@ -67,6 +67,8 @@ pub struct Desired {
     routes: BTreeMap<IpNet, Route>,
     neighbours: BTreeMap<IpAddr, Neighbour>,
     fdb: BTreeMap<Mac, Claim>,
+    /// Whether what is there for other subnets stays.
+    others_stay: bool,
 }
 
 /// Where a MAC is, as a peer says.
@@ -83,6 +85,19 @@ impl Claim {
 }
 
 impl Desired {
+    /// Nothing yet. `complete`: whether there is to be nothing else.
+    pub fn new(complete: bool) -> Self {
+        Self {
+            others_stay: !complete,
+            ..Self::default()
+        }
+    }
+
+    /// Whether there is to be nothing else.
+    pub fn is_complete(&self) -> bool {
+        !self.others_stay
+    }
+
     /// A peer that is on-link: its subnet lies behind its own address.
     pub fn route_directly(&mut self, subnet: IpNet, peer: IpAddr, link: u32) {
         let to = subnet.trunc();
@@ -401,6 +416,13 @@ pub fn reconcile(desired: &Desired, actual: &Actual) -> Vec<Operation> {
             operations.push(Operation::PutFdb(claim.entry));
         }
     }
+    let put_routes = routes
+        .iter()
+        .filter_map(|(route, _)| route.map(|route| Operation::PutRoute(*route)));
+    if desired.others_stay {
+        operations.extend(put_routes);
+        return operations;
+    }
     // The original's, which are going: without its route nothing would show that such a neighbour is ours.
     let going = neighbours.iter().filter(|(wanted, _)| wanted.is_none());
     let going = going.filter_map(|(_, held)| held.filter(|held| held.ours));
@@ -409,9 +431,7 @@ pub fn reconcile(desired: &Desired, actual: &Actual) -> Vec<Operation> {
     }
 
     // 2. Routes: those that replace others do so in one step.
-    for (route, _) in &routes {
-        operations.extend(route.map(|route| Operation::PutRoute(*route)));
-    }
+    operations.extend(put_routes);
 
     // 3. What is left over, in the opposite order.
     for (wanted, found) in &routes {
@@ -698,6 +718,43 @@ mod tests {
                 world.carry_out(&operation);
             }
             assert_converged(&world, &foreign, &Desired::default());
+        }
+
+        #[test]
+        fn what_is_known_in_part_adds_and_replaces_and_takes_nothing_away(
+            before in peers(),
+            in_part in peers(),
+            all in peers(),
+            taken in 1..6_u8,
+        ) {
+            let foreign = World::with_foreign(taken);
+            let mut world = foreign.clone();
+            let mut actual = world.seen(&Actual::default());
+            let operations = reconcile(&before.desired(), &actual);
+            carry_out(&mut world, &mut actual, &before, &operations);
+            let held = world.clone();
+
+            let mut actual = world.seen(&Actual::default());
+            let desired = Desired { others_stay: true, ..in_part.desired() };
+            let operations = reconcile(&desired, &actual);
+            carry_out(&mut world, &mut actual, &in_part, &operations);
+            prop_assert_eq!(reconcile(&desired, &actual), []);
+            for (number, (_, host)) in &in_part.hosts {
+                prop_assert!(world.reaches(subnet(*number), mac(*host), in_part.ip(*host)));
+            }
+            // By what is known in part a host may have moved, or have another MAC.
+            let others = before.hosts.iter().filter(|(number, _)| !in_part.hosts.contains_key(number));
+            for (number, (direct, host)) in others {
+                let key = (subnet(*number), 0);
+                prop_assert_eq!(world.routes.get(&key), held.routes.get(&key));
+                let moved = !direct && in_part.hosts.values().any(|(direct, other)| !direct && other == host);
+                let ip = if moved { in_part.ip(*host) } else { before.ip(*host) };
+                prop_assert!(world.reaches(subnet(*number), mac(*host), ip), "{} is lost", number);
+            }
+
+            let operations = reconcile(&all.desired(), &actual);
+            carry_out(&mut world, &mut actual, &all, &operations);
+            assert_converged(&world, &foreign, &all.desired());
         }
     }
 

@@ -27,7 +27,7 @@ use crate::{
         snapshot::WorkerSnapshot,
     },
     kernel::{Kernel, external::External, monitor::Change},
-    lease::{record::Lease, watch::PeerSet},
+    lease::{record::Lease, watch::Picture},
     network::{self, BackendKind, Network, SourceCheck},
     observe::{board::Report, chain, outage::Outage, status::Counts},
     route_table::{Peer, RouteTable, Routes},
@@ -348,11 +348,11 @@ impl Backend for Udp {
         self.observe(observer);
     }
 
-    fn apply(&mut self, peers: &PeerSet) -> Result<(), Error> {
+    fn apply(&mut self, picture: &Picture) -> Result<(), Error> {
         self.look_after_device();
         let port = self.configuration.port;
         let mut ids = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
-        let routes = peers.values().flat_map(|lease| {
+        let routes = picture.peers.values().flat_map(|lease| {
             let host = lease.value.public_ip.into();
             let peer = Peer {
                 addr: SocketAddr::new(host, port),

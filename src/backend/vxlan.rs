@@ -23,7 +23,7 @@ use crate::{
         monitor::Change,
         vxlan::{VxlanLink, VxlanSpec},
     },
-    lease::{record::Lease, watch::PeerSet},
+    lease::{record::Lease, watch::Picture},
     network::{self, BackendKind, Network, Vni},
     observe::{board::Report, status::Counts},
     sys::ethtool,
@@ -65,18 +65,25 @@ pub struct Vxlan {
 }
 
 impl Vxlan {
-    /// Makes the device, or takes over the one that is there: its MAC stands in the lease.
+    /// Makes the device, or takes over the one that is there: its MAC stands in the lease. `known_as`: the data of this host's lease
+    /// as an earlier run has remembered it, so that after the machine's restart the other hosts still know the device.
     ///
     /// # Errors
     /// When the kernel does not let us have the device, or the external MTU is too small.
-    pub fn new(external: &External, configuration: network::Vxlan, overlays: &Overlays) -> Result<Self, Error> {
+    pub fn new(
+        external: &External,
+        configuration: network::Vxlan,
+        overlays: &Overlays,
+        known_as: Option<&Value>,
+    ) -> Result<Self, Error> {
+        let new = Mac::random_local();
         let mut vxlan = Self {
             external: external.clone(),
             name: device_name(configuration.vni),
             mtu: overlay_mtu(external, configuration.mtu)?,
+            mac: vtep(known_as, configuration.vni, new).unwrap_or(new),
             configuration,
             overlays: overlays.clone(),
-            mac: Mac::random_local(),
             address: None,
             device: None,
             settled: false,
@@ -251,7 +258,8 @@ impl Vxlan {
         Ok(put_right)
     }
 
-    fn try_apply(&mut self, peers: &PeerSet) -> Result<(), Error> {
+    fn try_apply(&mut self, picture: &Picture) -> Result<(), Error> {
+        let peers = &picture.peers;
         let device = self.device()?;
         let nowhere = HashMap::new();
         let paths = if self.configuration.direct_routing {
@@ -260,7 +268,7 @@ impl Vxlan {
         } else {
             &nowhere
         };
-        let mut desired = Desired::default();
+        let mut desired = Desired::new(picture.complete);
         let mut tunnels = Vec::new();
         for lease in peers.values() {
             let (subnet, host) = (IpNet::V4(lease.subnets.v4()), IpAddr::V4(lease.value.public_ip));
@@ -408,8 +416,8 @@ impl Backend for Vxlan {
         Ok(())
     }
 
-    fn apply(&mut self, peers: &PeerSet) -> Result<(), Error> {
-        if let Err(error) = self.try_apply(peers) {
+    fn apply(&mut self, picture: &Picture) -> Result<(), Error> {
+        if let Err(error) = self.try_apply(picture) {
             let reason = match std::error::Error::source(&error) {
                 Some(source) => format!("{error}: {source}"),
                 None => error.to_string(),

@@ -23,7 +23,7 @@ use crate::{
     lease::{
         record::{Lease, LeaseValue},
         remembered::{Origin, Remembered},
-        watch::PeerSet,
+        watch::{PeerSet, Picture},
     },
     network::{BackendKind, Network},
     observe::chain,
@@ -73,11 +73,15 @@ impl Early {
         }
         let leases = peers.iter().filter_map(|record| Lease::from_record(record).ok());
         let peers: PeerSet = leases.map(|lease| (lease.subnets, lease.into())).collect();
+        let picture = Picture {
+            peers: peers.into(),
+            complete: false,
+        };
         let overlays = Overlays::new(&network, previous)?;
         // The originals are closed when it is certain that they are not needed.
         let copies = left.try_clone().ok()?;
-        let begun = backend_of(&network, external, &overlays, settings, copies, failures.clone())
-            .and_then(|backend| set_up(backend, &network, &lease, &peers));
+        let begun = backend_of(&network, external, &overlays, settings, copies, failures.clone(), None)
+            .and_then(|backend| set_up(backend, &network, &lease, &picture));
         match begun {
             Ok(backend) => {
                 *left = Descriptors::default();
@@ -87,7 +91,7 @@ impl Early {
                     Err(error) => warn!("cannot copy descriptors for the supervisor: {error}"),
                 }
                 let backend = Arc::new(Mutex::new(Some(backend)));
-                let holding = tokio::spawn(hold(Arc::clone(&backend), peers.len()));
+                let holding = tokio::spawn(hold(Arc::clone(&backend), picture.peers.len()));
                 info!(
                     "begun with the subnet that was last known: packets wait until the registry has told of the peers"
                 );
@@ -147,9 +151,9 @@ fn set_up(
     mut backend: Box<dyn Backend>,
     network: &Network,
     lease: &Lease,
-    peers: &PeerSet,
+    picture: &Picture,
 ) -> Result<Box<dyn Backend>, backend::Error> {
     backend.start(network, lease)?;
-    backend.apply(peers)?;
+    backend.apply(picture)?;
     Ok(backend)
 }

@@ -30,7 +30,7 @@ pub(super) enum Stage {
 impl Run<'_> {
     /// Whether this daemon could carry the packets in the place of the other.
     pub(super) fn is_prepared(&self) -> bool {
-        self.stage == Stage::Preparing && self.ruled && self.peers.is_some()
+        self.stage == Stage::Preparing && self.ruled && self.picture.is_some()
     }
 
     /// Carries the packets, now that the other daemon does not, and goes on counting. Nobody does until this is done, so that all

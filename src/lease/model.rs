@@ -24,7 +24,7 @@ use super::{
     keep::keep,
     record::{Lease, LeaseValue, SUBNETS, Subnets, subnets_of},
     screen::Screen,
-    watch::{OwnAddresses, PeerSet, watch as watch_leases},
+    watch::{OwnAddresses, Picture, watch as watch_leases},
 };
 use crate::{
     network::{CONFIG_KEY, Network},
@@ -266,7 +266,7 @@ struct Journal {
 struct Host {
     /// `None`: not started, or killed.
     daemon: Option<JoinHandle<()>>,
-    peers: watch::Receiver<Option<Arc<PeerSet>>>,
+    peers: watch::Receiver<Option<Picture>>,
     previous: Arc<Mutex<Previous>>,
 }
 
@@ -303,7 +303,7 @@ async fn supervise(
     registry: Faulty,
     begun: Instant,
     previous: Arc<Mutex<Previous>>,
-    publish: watch::Sender<Option<Arc<PeerSet>>>,
+    publish: watch::Sender<Option<Picture>>,
     journal: Arc<Mutex<Journal>>,
 ) {
     let believe = |subnets| journal.lock().unwrap().beliefs.push((begun.elapsed(), number, subnets));
@@ -335,7 +335,7 @@ async fn supervise(
 async fn run(
     registry: &Faulty,
     own: super::acquire::Own,
-    publish: &watch::Sender<Option<Arc<PeerSet>>>,
+    publish: &watch::Sender<Option<Picture>>,
     number: usize,
     journal: &Mutex<Journal>,
 ) {
@@ -369,8 +369,8 @@ async fn run(
                     }
                 }
                 Ok(()) = published.changed() => {
-                    let peers = published.borrow_and_update().clone();
-                    for peer in peers.iter().flat_map(|peers| peers.values()) {
+                    let picture = published.borrow_and_update().clone();
+                    for peer in picture.iter().flat_map(|picture| picture.peers.values()) {
                         let own = peer.subnets.overlap(&subnets) || peer.value.public_ip == value(number).public_ip;
                         if own {
                             journal.lock().unwrap().wrong.push(format!("host {number} is its own peer: {peer:?}"));
@@ -481,7 +481,7 @@ impl World {
         &self,
         number: usize,
         previous: &Arc<Mutex<Previous>>,
-    ) -> (JoinHandle<()>, watch::Receiver<Option<Arc<PeerSet>>>) {
+    ) -> (JoinHandle<()>, watch::Receiver<Option<Picture>>) {
         let (publish, peers) = watch::channel(None);
         let registry = Faulty {
             inner: self.registry.clone(),
@@ -748,15 +748,18 @@ fn live(seed: u64, steps: &[(Step, u64)]) -> Outcome {
             }
             let expected = world.expected(host).await;
             let mut peers = world.hosts[host].peers.clone();
-            let right = |peers: &Option<Arc<PeerSet>>| {
-                peers.as_ref().is_some_and(|peers| {
-                    let peers = peers.values().map(|lease| (lease.subnets, lease.value.public_ip));
+            let right = |picture: &Option<Picture>| {
+                picture.as_ref().is_some_and(|picture| {
+                    let peers = picture
+                        .peers
+                        .values()
+                        .map(|lease| (lease.subnets, lease.value.public_ip));
                     peers.eq(expected.iter().copied())
                 })
             };
             if timeout(Duration::from_secs(1), peers.wait_for(right)).await.is_err() {
                 let found = peers.borrow().clone();
-                let found = found.map(|peers| peers.keys().map(ToString::to_string).collect::<Vec<_>>());
+                let found = found.map(|picture| picture.peers.keys().map(ToString::to_string).collect::<Vec<_>>());
                 wrong.push(format!(
                     "host {host} has the peers {found:?} and should have {expected:?}"
                 ));

@@ -6,7 +6,10 @@ use std::{sync::Arc, time::Duration};
 use tokio::{sync::watch::Sender, time::Instant};
 use tracing::info;
 
-use super::{record::Lease, watch::PeerSet};
+use super::{
+    record::Lease,
+    watch::{PeerSet, Picture},
+};
 
 /// How close publications follow one another at most. A person does not notice, a new host needs longer to start its first
 /// container; and 10,000 changes in two seconds are forty tables, not 10,000.
@@ -23,7 +26,9 @@ const LINES: usize = 50;
 /// Publishes, and tells of it.
 #[derive(Debug)]
 pub(super) struct Publisher<'a> {
-    peers: &'a Sender<Option<Arc<PeerSet>>>,
+    pictures: &'a Sender<Option<Picture>>,
+    /// Whether the registry has shown all there is.
+    complete: bool,
     /// Whether there is something to publish.
     changed: bool,
     /// Not before then.
@@ -36,9 +41,10 @@ pub(super) struct Publisher<'a> {
 }
 
 impl<'a> Publisher<'a> {
-    pub(super) fn new(peers: &'a Sender<Option<Arc<PeerSet>>>) -> Self {
+    pub(super) fn new(pictures: &'a Sender<Option<Picture>>) -> Self {
         Self {
-            peers,
+            pictures,
+            complete: false,
             changed: false,
             next: None,
             told: Arc::default(),
@@ -49,6 +55,12 @@ impl<'a> Publisher<'a> {
 
     /// There is something to publish.
     pub(super) fn note_change(&mut self) {
+        self.changed = true;
+    }
+
+    /// The registry has shown all there is.
+    pub(super) fn note_picture(&mut self) {
+        self.complete = true;
         self.changed = true;
     }
 
@@ -81,10 +93,14 @@ impl<'a> Publisher<'a> {
         let set = set();
         self.changed = false;
         // Unread news is replaced: only the latest set matters.
-        let modified = self.peers.send_if_modified(|published| {
-            let changed = published.as_deref() != Some(&set);
+        let picture = Picture {
+            peers: Arc::new(set),
+            complete: self.complete,
+        };
+        let modified = self.pictures.send_if_modified(|published| {
+            let changed = published.as_ref() != Some(&picture);
             if changed {
-                *published = Some(Arc::new(set));
+                *published = Some(picture);
             }
             changed
         });
@@ -100,7 +116,7 @@ impl<'a> Publisher<'a> {
     fn tell(&mut self, now: Instant) {
         self.telling = None;
         self.last_told = Some(now);
-        let present = self.peers.borrow().clone().unwrap_or_default();
+        let Picture { peers: present, .. } = self.pictures.borrow().clone().unwrap_or_default();
         let known = std::mem::replace(&mut self.told, Arc::clone(&present));
         let news = present
             .iter()
@@ -164,8 +180,8 @@ mod tests {
             .collect()
     }
 
-    fn published(receiver: &watch::Receiver<Option<Arc<PeerSet>>>) -> usize {
-        receiver.borrow().as_ref().map_or(0, |peers| peers.len())
+    fn published(receiver: &watch::Receiver<Option<Picture>>) -> usize {
+        receiver.borrow().as_ref().map_or(0, |picture| picture.peers.len())
     }
 
     #[tokio::test(start_paused = true)]

@@ -32,7 +32,7 @@ use super::{
     acquire::Own,
     holding::Held,
     record::{Lease, LeaseError},
-    watch::PeerSet,
+    watch::{PeerSet, Picture},
 };
 use crate::{
     files,
@@ -267,14 +267,14 @@ impl Memory {
         origin: Origin,
         config: &str,
         mut held: Receiver<Held>,
-        mut peers: Receiver<Option<Arc<PeerSet>>>,
+        mut pictures: Receiver<Option<Picture>>,
     ) -> Infallible {
         let mut outage = Outage::of("remembering the leases for a start without the registry");
         let (mut pause, mut last) = (FIRST_PAUSE, Instant::now());
         loop {
-            let (own, others) = (held.borrow_and_update().clone(), peers.borrow_and_update().clone());
-            if let (true, Some(others)) = (own.confirmed, others) {
-                match self.write(&origin, config, &own, &others).await {
+            let (own, others) = (held.borrow_and_update().clone(), pictures.borrow_and_update().clone());
+            if let (true, Some(Picture { peers, complete: true })) = (own.confirmed, others) {
+                match self.write(&origin, config, &own, &peers).await {
                     Ok(()) => outage.over(),
                     Err(reason) => {
                         sleep(outage.failed(&reason)).await;
@@ -291,7 +291,7 @@ impl Memory {
             // Who sends lives as long as the daemon.
             tokio::select! {
                 Ok(()) = held.changed() => {}
-                Ok(()) = peers.changed() => {}
+                Ok(()) = pictures.changed() => {}
                 else => pending().await,
             }
         }
@@ -591,7 +591,7 @@ mod tests {
             let mut writes = 0;
             let mut before = None;
             for count in 0..2_000_u32 {
-                publish.send_replace(Some(Arc::new(peers((count % 200) as u8))));
+                publish.send_replace(Some(Picture::complete(peers((count % 200) as u8))));
                 sleep(Duration::from_millis(10)).await;
                 let inode = fs::metadata(&memory.path).ok().map(|file| {
                     use std::os::unix::fs::MetadataExt;
@@ -618,7 +618,7 @@ mod tests {
     async fn what_is_not_confirmed_is_not_written_and_what_is_forgotten_stays_so() {
         let dir = Dir::new("forgotten");
         let (memory, holding) = (dir.memory(), Holding::new(own(Some(DAY)), false));
-        let (publish, told) = watch::channel(Some(Arc::new(peers(1))));
+        let (publish, told) = watch::channel(Some(Picture::complete(peers(1))));
         let keeping = memory.keep(origin(), CONFIG, holding.subscribe(), told);
         let changes = async {
             sleep(3 * PAUSE).await;
@@ -627,7 +627,7 @@ mod tests {
             sleep(3 * PAUSE).await;
             assert!(memory.read(&origin()).unwrap().is_some());
             memory.forget();
-            publish.send_replace(Some(Arc::new(peers(2))));
+            publish.send_replace(Some(Picture::complete(peers(2))));
             sleep(3 * PAUSE).await;
             assert_eq!(memory.read(&origin()).unwrap(), None);
         };

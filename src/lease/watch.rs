@@ -32,6 +32,25 @@ use super::{
 /// for each change to one of thousands.
 pub type PeerSet = BTreeMap<Subnets, Arc<Lease>>;
 
+/// The peers as far as they are known.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Picture {
+    /// Those.
+    pub peers: Arc<PeerSet>,
+    /// Whether these are all, as the registry has it. What an earlier run has remembered may lack the last ones that came.
+    pub complete: bool,
+}
+
+impl Picture {
+    /// All of them.
+    pub fn complete(peers: PeerSet) -> Self {
+        Self {
+            peers: Arc::new(peers),
+            complete: true,
+        }
+    }
+}
+
 /// The PublicIPs by which this host knows its own lease.
 #[derive(Debug, Clone)]
 pub struct OwnAddresses(Arc<Mutex<Addresses>>);
@@ -128,7 +147,7 @@ pub async fn watch(
     addresses: &OwnAddresses,
     screen: &Screen,
     first: Option<&[Record]>,
-    peers: &Sender<Option<Arc<PeerSet>>>,
+    peers: &Sender<Option<Picture>>,
 ) -> Revoked {
     let in_trouble = AtomicBool::new(false);
     let mut restorer = Restorer::new(holding.clone(), addresses.clone(), screen.network().clone());
@@ -181,7 +200,7 @@ async fn follow(
 ) -> Error {
     let own = view.take(records, changes.begun_at());
     tell.send_replace(own);
-    publisher.note_change();
+    publisher.note_picture();
     publisher.flush(|| view.served());
     view.complaints.end_picture();
     loop {
@@ -407,7 +426,7 @@ mod tests {
     /// A watch by the host 192.0.2.1, which has [`OWN`].
     struct Fixture {
         registry: MemoryRegistry,
-        peers: Receiver<Option<Arc<PeerSet>>>,
+        peers: Receiver<Option<Picture>>,
         addresses: OwnAddresses,
         holding: Holding,
         here: Sender<Vec<Ipv4Net>>,
@@ -452,15 +471,20 @@ mod tests {
     impl Fixture {
         /// Waits until the peers are these, as `subnet@public-ip`.
         async fn expect(&mut self, expected: &[&str]) {
-            let is_expected = |peers: &Option<Arc<PeerSet>>| {
-                let texts = peers.iter().flat_map(|peers| peers.values());
-                peers.is_some()
+            let is_expected = |picture: &Option<Picture>| {
+                let texts = picture.iter().flat_map(|picture| picture.peers.values());
+                picture.is_some()
                     && texts
                         .map(|l| format!("{}@{}", l.subnets, l.value.public_ip))
                         .eq(expected.iter().copied())
             };
             let seen = tokio::time::timeout(Duration::from_secs(60), self.peers.wait_for(is_expected)).await;
             assert!(matches!(seen, Ok(Ok(_))), "expected {expected:?}");
+        }
+
+        /// Whether the peers are all that there are.
+        fn all_are_known(&self) -> bool {
+            self.peers.borrow().as_ref().unwrap().complete
         }
 
         async fn delete(&self, key: &str) {
@@ -631,7 +655,7 @@ mod tests {
         let mut seen = Vec::new();
         while seen.last() != Some(&vec!["10.5.2.0-24".to_owned(), "10.5.4.0-24".to_owned()]) {
             watch.peers.changed().await.unwrap();
-            let peers = watch.peers.borrow_and_update().clone().unwrap();
+            let peers = watch.peers.borrow_and_update().clone().unwrap().peers;
             seen.push(peers.keys().map(ToString::to_string).collect());
         }
         assert!(
@@ -653,7 +677,7 @@ mod tests {
                 .unwrap();
             watch.peers.changed().await.unwrap();
             assert_eq!(
-                watch.peers.borrow_and_update().as_ref().unwrap().len(),
+                watch.peers.borrow_and_update().as_ref().unwrap().peers.len(),
                 usize::from(round) - 1
             );
         }
@@ -907,10 +931,28 @@ mod tests {
         });
         let mut watch = start_with(registry, own, Some(first.to_vec()));
         watch.expect(&["10.5.2.0-24@192.0.2.2", "10.5.3.0-24@192.0.2.3"]).await;
+        assert!(!watch.all_are_known());
         tokio::time::sleep(Duration::from_secs(600)).await;
         assert!(!watch.peers.has_changed().unwrap() && !watch.holding.now().confirmed);
         watch.registry.set_available(true);
         watch.expect(&["10.5.3.0-24@192.0.2.3"]).await;
-        assert!(watch.holding.now().confirmed);
+        assert!(watch.holding.now().confirmed && watch.all_are_known());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn that_what_is_remembered_was_all_is_news_too() {
+        let registry = MemoryRegistry::new();
+        registry.put(OWN, &value(1)).await.unwrap();
+        registry.put("subnets/10.5.3.0-24", &value(3)).await.unwrap();
+        let record = async |key| registry.get(key).await.unwrap().unwrap();
+        let own = Lease::from_record(&record(OWN).await).unwrap();
+        let first = vec![record("subnets/10.5.3.0-24").await];
+        registry.set_available(false);
+        let mut watch = start_with(registry, own, Some(first));
+        watch.expect(&["10.5.3.0-24@192.0.2.3"]).await;
+        assert!(!watch.all_are_known());
+        watch.registry.set_available(true);
+        watch.peers.changed().await.unwrap();
+        assert!(watch.all_are_known());
     }
 }

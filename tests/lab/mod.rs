@@ -378,6 +378,14 @@ impl Daemon {
         });
     }
 
+    /// Takes the peers out of what it remembers.
+    pub(crate) fn forget_peers(&self) {
+        let text = fs::read_to_string(self.state_file()).unwrap();
+        let mut state: serde_json::Value = serde_json::from_str(&text).unwrap();
+        state["Peers"] = serde_json::json!([]);
+        fs::write(self.state_file(), state.to_string()).unwrap();
+    }
+
     /// Waits until what it remembers contains `text`.
     pub(crate) fn wait_until_state_has(&self, text: &str) {
         self.wait_until_state(text, |state| state.contains(text));
