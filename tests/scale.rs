@@ -32,8 +32,14 @@ const WRITERS: u32 = 50;
 /// How much memory a daemon of the debug build may take for them.
 const MEMORY_KIB: u64 = 150 << 10;
 
-/// For how long it is calm before the storm, to have something to compare with.
-const CALM: Duration = Duration::from_secs(3);
+/// For how long it is calm before each storm, to have something to compare with.
+const CALM: Duration = Duration::from_secs(2);
+
+/// How many storms there are.
+const STORMS: u32 = 3;
+
+/// Where nobody watches.
+const ELSEWHERE: &str = "/elsewhere";
 
 /// The subnets of the leases, 10.16.0.0/24 and so on: far above those that the lab's hosts are given, which are among the first
 /// hundred of 10.0.0.0/8.
@@ -61,8 +67,8 @@ fn public_ip(number: u32, generation: u32) -> Ipv4Addr {
     (0xac10_0000 + (generation << 16) + number).into()
 }
 
-/// Changes each lease, one by one, from many writers at once; how long that took.
-fn storm(overlay: &Overlay, server: &EtcdServer, backend: &str, generation: u32) -> Duration {
+/// Changes each record under `prefix`, one by one, from many writers at once; how long that took.
+fn storm(overlay: &Overlay, server: &EtcdServer, prefix: &str, backend: &str, generation: u32) -> Duration {
     let begun = Instant::now();
     inside(overlay.lab.switch(), || {
         runtime().block_on(async {
@@ -72,6 +78,7 @@ fn storm(overlay: &Overlay, server: &EtcdServer, backend: &str, generation: u32)
                 async move {
                     for number in (writer..LEASES).step_by(WRITERS as usize) {
                         let (key, value) = record(backend, number, generation);
+                        let key = key.replacen(PREFIX, prefix, 1);
                         client.put(key, value, None).await.unwrap();
                     }
                 }
@@ -142,20 +149,33 @@ fn thousands_of_leases_disturb_no_packet(name: &str, backend: &str) {
 
     let drops = Drops::so_far(&overlay, &[0, 1]);
     let flows = Flows::start(&overlay.containers[0], &overlay.containers[1]);
-    let probe = Probe::start(&overlay.containers[0], &overlay.containers[1]);
-    thread::sleep(CALM);
-    say("calm", &probe.finish());
-
-    let before = Vitals::of(&mut overlay.daemons[0]);
-    let probe = Probe::start(&overlay.containers[0], &overlay.containers[1]);
-    let took = storm(&overlay, &server, backend, 1);
-    let storming = probe.finish();
-    wait_until_all_are_known(&overlay, 1);
+    let probed = |doing: &mut dyn FnMut()| {
+        let probe = Probe::start(&overlay.containers[0], &overlay.containers[1]);
+        doing();
+        probe.finish()
+    };
+    let (mut calm, mut elsewhere, mut storming) = (Times::default(), Times::default(), Times::default());
+    let (mut took, mut busy) = (Duration::ZERO, Duration::ZERO);
+    for generation in 1..=STORMS {
+        calm.add(probed(&mut || thread::sleep(CALM)));
+        // The machine has the same to do, and the daemons nothing.
+        elsewhere.add(probed(&mut || {
+            storm(&overlay, &server, ELSEWHERE, backend, generation);
+        }));
+        let before = Vitals::of(&mut overlay.daemons[0]).processor;
+        storming.add(probed(&mut || {
+            took += storm(&overlay, &server, PREFIX, backend, generation);
+        }));
+        wait_until_all_are_known(&overlay, generation);
+        busy += Vitals::of(&mut overlay.daemons[0]).processor - before;
+    }
     let after = Vitals::of(&mut overlay.daemons[0]);
+    say("calm", &calm);
+    say("as many changes elsewhere in etcd", &elsewhere);
     say("storm", &storming);
     println!(
-        "scale: {backend}: {LEASES} changes in {took:?}: {:?} of processor time for each; resident {} KiB, peak {} KiB",
-        (after.processor - before.processor) / LEASES,
+        "scale: {backend}: {STORMS} times {LEASES} changes in {took:?}: {:?} of processor time for each; resident {} KiB, peak {} KiB",
+        busy / (STORMS * LEASES),
         after.resident,
         after.peak
     );

@@ -40,6 +40,13 @@ impl Times {
         self.sorted.len()
     }
 
+    /// Adds those of another time.
+    pub(crate) fn add(&mut self, others: Times) {
+        self.sorted.extend(others.sorted);
+        self.sorted.sort_unstable();
+        self.lost += others.lost;
+    }
+
     /// The time within which this share of them, from 0 to 1, were answered.
     pub(crate) fn quantile(&self, share: f64) -> Duration {
         let last = self.sorted.len().saturating_sub(1);
