@@ -431,18 +431,12 @@ fn what_keeps_us_out_of_etcd_is_found() {
     let authority = Authority::new(lab.dir(), "authority");
     let stranger = Authority::new(lab.dir(), "stranger");
     let files = authority.issue("server", &[address.to_string()]);
-    let secure = EtcdServer::start_with(EtcdOptions {
+    let options = EtcdOptions {
         address,
         namespace: namespace.clone(),
-        tls: true,
-        arguments: vec![
-            "--client-cert-auth".to_owned(),
-            flag("cert-file", &files.certificate),
-            flag("key-file", &files.key),
-            flag("trusted-ca-file", &authority.file),
-        ],
         ..EtcdOptions::default()
-    });
+    };
+    let secure = EtcdServer::start_with(options.with_tls(&files.certificate, &files.key, &authority.file));
     let with_authority =
         |authority: &Authority| Registry::etcd(&secure.url()).with(flag("etcd-cafile", &authority.file));
     let diagnose = |registry: &Registry| Diagnosis::of(host.ns(), registry, &subnet_file);

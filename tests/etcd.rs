@@ -340,19 +340,11 @@ fn a_wrong_prefix_names_the_key_and_the_ones_that_are_there() {
 fn tls_with_client_certificates_carries_an_overlay() {
     let lab = new_lab("tls");
     let authority = Authority::new(lab.dir(), "authority");
-    let server_files = authority.issue("server", &["192.168.77.254".to_owned()]);
     let client_files = authority.issue("client", &[]);
     let path = |path: &std::path::Path| path.display().to_string();
-    let server = EtcdServer::start_with(EtcdOptions {
-        tls: true,
-        arguments: vec![
-            format!("--cert-file={}", path(&server_files.certificate)),
-            format!("--key-file={}", path(&server_files.key)),
-            format!("--trusted-ca-file={}", path(&authority.file)),
-            "--client-cert-auth".to_owned(),
-        ],
-        ..EtcdOptions::on_switch(&lab)
-    });
+    let options = EtcdOptions::on_switch(&lab);
+    let files = authority.issue("server", &[options.address.to_string()]);
+    let server = EtcdServer::start_with(options.with_tls(&files.certificate, &files.key, &authority.file));
     let (ca, cert, key) = (
         path(&authority.file),
         path(&client_files.certificate),

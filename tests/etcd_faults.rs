@@ -5,15 +5,11 @@
 
 mod lab;
 
-use flannel::{
-    lab::{CONTAINER_BRIDGE, Host, HostOptions, LabError, wait_for, wait_until},
-    observe::status::Status,
-};
+use flannel::lab::{CONTAINER_BRIDGE, Host, HostOptions, LabError, wait_for, wait_until};
 use lab::{
     CONFIG, Daemon, Overlay, PATIENCE, Registry, assert_loses, assert_reaches,
     certificates::{Authority, IssuedFiles},
     etcd::{EtcdOptions, EtcdServer},
-    flanneld,
     flow::Flows,
     http_get, inside, new_lab,
     proxy::Proxy,
@@ -81,15 +77,6 @@ fn value(server: &EtcdServer, key: &str) -> String {
 
 fn plain_value(host: &Host) -> String {
     format!(r#"{{"PublicIP":"{}","PublicIPv6":null}}"#, host.ip())
-}
-
-fn status(host: &Host, daemon: &Daemon) -> Status {
-    let mut command = flanneld(host.ns());
-    command.args(["status", "--json"]);
-    command.arg(format!("-subnet-file={}", daemon.subnet_file().display()));
-    let output = command.output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    serde_json::from_slice(&output.stdout).unwrap()
 }
 
 fn health(host: &Host, path: &str) -> (u16, String) {
@@ -184,14 +171,14 @@ fn a_cluster_that_loses_members_and_leaders_costs_no_packet_and_no_lease() {
 
     // All are down.
     servers.iter_mut().for_each(EtcdServer::kill);
-    for (host, daemon) in overlay.hosts.iter().zip(&overlay.daemons) {
+    for daemon in &overlay.daemons {
         wait_until(PATIENCE, "the outage to be seen", || {
-            !status(host, daemon).registry.connected
+            !daemon.status().registry.connected
         })
         .unwrap();
     }
     std::thread::sleep(outage());
-    let told = status(&overlay.hosts[0], &overlay.daemons[0]);
+    let told = overlay.daemons[0].status();
     assert!(told.ready && told.registry.trouble.is_some(), "{told:?}");
     assert!(
         told.registry.seconds_since_answer.unwrap() >= outage().as_secs(),
@@ -249,7 +236,7 @@ fn a_daemon_that_starts_while_etcd_is_down_serves_from_what_it_knew() {
         text.starts_with("ok, but degraded: started from the leases") && text.contains("[-] registry not there"),
         "{text}"
     );
-    let told = status(host, &overlay.daemons[0]);
+    let told = overlay.daemons[0].status();
     assert!(
         told.ready && told.degraded.is_some() && told.peers.len() == 2,
         "{told:?}"
@@ -547,15 +534,8 @@ fn certificates_that_are_rotated_on_disk_are_used_without_a_restart() {
         ("key", "keyfile", path(&client.key)),
     ];
     let mut server = EtcdServer::start_with(EtcdOptions {
-        tls: true,
-        arguments: vec![
-            format!("--cert-file={}", path(&server_files.certificate)),
-            format!("--key-file={}", path(&server_files.key)),
-            format!("--trusted-ca-file={}", path(&authority.file)),
-            "--client-cert-auth".to_owned(),
-        ],
         client_arguments: tls.iter().map(|(name, _, file)| format!("--{name}={file}")).collect(),
-        ..EtcdOptions::on_switch(&lab)
+        ..EtcdOptions::on_switch(&lab).with_tls(&server_files.certificate, &server_files.key, &authority.file)
     });
     let registry = tls
         .iter()
@@ -658,7 +638,7 @@ fn a_host_that_was_cut_off_until_another_took_its_subnet_ends_and_takes_another(
     // The others neither send to it any more nor let its packets in, whatever it does; it cannot know whether etcd is away for all.
     assert_loses(&overlay.containers[0].ns, overlay.containers[1].ip);
     overlay.daemons[0].wait_for_log("has run out by its own count");
-    let told = status(&overlay.hosts[0], &overlay.daemons[0]);
+    let told = overlay.daemons[0].status();
     assert!(
         told.degraded.as_ref().is_some_and(|why| why.contains("ran out")),
         "{told:?}"

@@ -16,7 +16,7 @@ use lab::{
     new_lab,
     pour::{PREFIX, pour},
     programmed::{Programmed, mac},
-    vitals::{Drops, Vitals, assert_accounted, status},
+    vitals::{Drops, Vitals, assert_accounted},
 };
 
 /// How much memory a daemon of the debug build may take when it is given all of this; some 25 MiB without.
@@ -173,7 +173,7 @@ fn renew(server: &EtcdServer, subnets: &[String]) {
 
 /// Whether the daemon of this host serves the peer with this subnet.
 fn serves(overlay: &Overlay, host: usize, subnet: &str) -> bool {
-    let peers = status(overlay, host).peers;
+    let peers = overlay.daemons[host].status().peers;
     peers.iter().any(|peer| peer.subnet == subnet)
 }
 

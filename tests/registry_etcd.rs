@@ -332,17 +332,7 @@ fn tls_server(authority_directory: &std::path::Path) -> (EtcdServer, Authority) 
     let authority = Authority::new(authority_directory, "authority");
     let options = EtcdOptions::default();
     let files = authority.issue("server", &[options.address.to_string()]);
-    let path = |path: &std::path::Path| path.to_str().unwrap().to_owned();
-    let server = EtcdServer::start_with(EtcdOptions {
-        tls: true,
-        arguments: vec![
-            "--client-cert-auth".to_owned(),
-            format!("--cert-file={}", path(&files.certificate)),
-            format!("--key-file={}", path(&files.key)),
-            format!("--trusted-ca-file={}", path(&authority.file)),
-        ],
-        ..options
-    });
+    let server = EtcdServer::start_with(options.with_tls(&files.certificate, &files.key, &authority.file));
     (server, authority)
 }
 

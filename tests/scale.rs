@@ -20,7 +20,7 @@ use lab::{
     inside, new_lab,
     pour::{PREFIX, pour, runtime},
     probe::{Probe, Times},
-    vitals::{Drops, Vitals, assert_accounted, status},
+    vitals::{Drops, Vitals, assert_accounted},
 };
 
 /// How many hosts that are only leases.
@@ -91,7 +91,7 @@ fn storm(overlay: &Overlay, server: &EtcdServer, prefix: &str, backend: &str, ge
 
 /// Whether the daemon of this host knows all leases as they are after this many changes.
 fn knows_all(overlay: &Overlay, host: usize, generation: u32) -> bool {
-    let peers = status(overlay, host).peers;
+    let peers = overlay.daemons[host].status().peers;
     let last = |number: u32| {
         let subnet = subnet(number).to_string();
         peers
@@ -189,7 +189,7 @@ fn thousands_of_leases_disturb_no_packet(name: &str, backend: &str) {
     server.etcdctl(&["del", "--prefix", &format!("{PREFIX}/subnets/10.16")]);
     server.etcdctl(&["del", "--prefix", &format!("{PREFIX}/subnets/10.3")]);
     wait_until(PATIENCE, "the leases that are gone to be forgotten", || {
-        let peers = status(&overlay, 0).peers;
+        let peers = overlay.daemons[0].status().peers;
         peers
             .iter()
             .all(|peer| !peer.subnet.starts_with("10.16.") && !peer.subnet.starts_with("10.3"))

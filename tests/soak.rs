@@ -20,7 +20,7 @@ use lab::{
     pour::{PREFIX, runtime},
     stream::Stream,
     traffic::transfer,
-    vitals::{Drops, Vitals, status},
+    vitals::{Drops, Vitals},
 };
 use nix::sys::signal::Signal;
 
@@ -201,7 +201,7 @@ fn assert_flat(name: &str, samples: &[Vitals]) {
 /// What the engine of one host has sent to another's, and that has received from it.
 fn between(overlay: &Overlay, from: usize, to: usize) -> (u64, u64) {
     let traffic = |at: usize, peer: usize| {
-        let peers = status(overlay, at).peers;
+        let peers = overlay.daemons[at].status().peers;
         let peer = peers
             .into_iter()
             .find(|known| known.public_ip == overlay.hosts[peer].ip())

@@ -74,6 +74,19 @@ impl EtcdOptions {
         }
     }
 
+    /// By TLS with this certificate, and only for clients that have one of the authority whose own is in `authority`.
+    pub(crate) fn with_tls(mut self, certificate: &Path, key: &Path, authority: &Path) -> EtcdOptions {
+        let flag = |name: &str, path: &Path| format!("--{name}={}", path.display());
+        self.tls = true;
+        self.arguments.extend([
+            "--client-cert-auth".to_owned(),
+            flag("cert-file", certificate),
+            flag("key-file", key),
+            flag("trusted-ca-file", authority),
+        ]);
+        self
+    }
+
     pub(crate) fn url(&self) -> String {
         let scheme = if self.tls { "https" } else { "http" };
         format!("{scheme}://{}:{}", self.host(), self.port)

@@ -179,19 +179,7 @@ impl Daemon {
             "{SUBNET_FILE}{}",
             lab.dir().join(format!("{name}.env")).display()
         ));
-        Daemon {
-            name: name.to_owned(),
-            ns: host.ns().clone(),
-            dir: lab.dir().to_owned(),
-            flags,
-            refused: Vec::new(),
-            under: Vec::new(),
-            runs: 0,
-            process: None,
-            notify: None,
-            supervisor: None,
-            alone: false,
-        }
+        Daemon::not_started(name, host.ns(), lab.dir(), flags)
     }
 
     /// Another one on the same host, that takes over from this one when it is started.
@@ -199,10 +187,14 @@ impl Daemon {
         let mut flags = self.flags.clone();
         flags.retain(|flag| flag != "--handover");
         flags.push("--handover".to_owned());
+        Daemon::not_started(name, &self.ns, &self.dir, flags)
+    }
+
+    fn not_started(name: &str, ns: &Namespace, dir: &Path, flags: Vec<String>) -> Daemon {
         Daemon {
             name: name.to_owned(),
-            ns: self.ns.clone(),
-            dir: self.dir.clone(),
+            ns: ns.clone(),
+            dir: dir.to_owned(),
             flags,
             refused: Vec::new(),
             under: Vec::new(),

@@ -1,6 +1,6 @@
 //! What a daemon takes of its machine, as `/proc` shows it, and what it says of itself.
 
-use super::{Daemon, Overlay, flanneld, output_of, stream::Report};
+use super::{Daemon, Overlay, output_of, stream::Report};
 use flannel::{
     engine::counters::Drop,
     lab::{Host, Namespace},
@@ -52,20 +52,6 @@ impl Vitals {
     }
 }
 
-/// What the daemon of this host says of itself.
-pub(crate) fn status(overlay: &Overlay, host: usize) -> Status {
-    let output = flanneld(overlay.hosts[host].ns())
-        .args(["status", "--json"])
-        .arg(format!(
-            "-subnet-file={}",
-            overlay.daemons[host].subnet_file().display()
-        ))
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    serde_json::from_slice(&output.stdout).unwrap()
-}
-
 /// The engine's part of it, with the `udp` backend.
 pub(crate) fn engine(status: &Status) -> Option<&Engine> {
     status.backend.as_ref()?.engine.as_ref()
@@ -96,7 +82,7 @@ const WRONG: [Drop; 4] = [Drop::NoRoute, Drop::UnknownPeer, Drop::Spoofed, Drop:
 impl Drops {
     /// So far, of the daemons of these hosts and of all containers.
     pub(crate) fn so_far(overlay: &Overlay, hosts: &[usize]) -> Drops {
-        let statuses: Vec<Status> = hosts.iter().map(|&host| status(overlay, host)).collect();
+        let statuses: Vec<Status> = hosts.iter().map(|&host| overlay.daemons[host].status()).collect();
         let engines: Vec<&Engine> = statuses.iter().filter_map(engine).collect();
         let workers = || engines.iter().flat_map(|engine| &engine.workers);
         let dropped = |reason: Drop| -> u64 { workers().filter_map(|worker| worker.dropped.get(reason.name())).sum() };
