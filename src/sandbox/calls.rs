@@ -9,7 +9,7 @@ macro_rules! calls {
 
 /// What moves packets, the most frequent first: on the device, on the sockets, and to sleep.
 const MOVING: &[(&str, libc::c_long)] = &calls!(
-    SYS_read SYS_writev SYS_sendmmsg SYS_recvmmsg SYS_epoll_pwait SYS_write SYS_sendto SYS_ppoll SYS_futex SYS_clock_gettime
+    SYS_read SYS_writev SYS_sendmmsg SYS_recvmmsg SYS_ppoll SYS_write SYS_sendto SYS_epoll_pwait SYS_futex SYS_clock_gettime
 );
 
 /// The same by their older names, which aarch64 does not have.

@@ -12,11 +12,12 @@ use std::{
     time::Duration,
 };
 
-use mio::{Events, Interest, Poll, Token, Waker, unix::SourceFd};
+use mio::{Events, Poll, Token, Waker};
 
 use super::calls;
 use crate::sys::{
     capabilities::gain_no_more,
+    poll::wait_readable,
     seccomp::{self, Filter},
     udp::{self, Message, RecvBatch, SendBatch},
 };
@@ -54,8 +55,6 @@ fn work(filter: &Filter) -> io::Result<()> {
     let mut poll = Poll::new()?;
     let mut events = Events::with_capacity(4);
     let waker = Waker::new(poll.registry(), Token(0))?;
-    poll.registry()
-        .register(&mut SourceFd(&device.as_raw_fd()), Token(1), Interest::READABLE)?;
     let (mut sending, mut receiving) = (SendBatch::new(), RecvBatch::new());
 
     // Without it no filter is taken.
@@ -71,6 +70,7 @@ fn work(filter: &Filter) -> io::Result<()> {
     let packet: &[u8] = b"packet";
     let _ = far.write_vectored(&[IoSlice::new(packet), IoSlice::new(packet)]);
     waker.wake()?;
+    wait_readable([device.as_raw_fd(), poll.as_raw_fd()], None)?;
     poll.poll(&mut events, Some(Duration::ZERO))?;
     let _ = device.read(&mut buffer);
     let _ = sending.send(&socket, &[message], std::iter::once(packet));

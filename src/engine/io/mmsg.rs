@@ -1,5 +1,8 @@
-//! The way that every kernel has: `read` and `writev` on the device, `recvmmsg` and `sendmmsg` on the sockets, and epoll,
-//! through mio, to sleep.
+//! The way that every kernel has: `read` and `writev` on the device, `recvmmsg` and `sendmmsg` on the sockets, and `ppoll` to sleep.
+//!
+//! Not epoll for device and sockets: it listens to them all the time, and so the kernel would call it for each packet that a
+//! socket has sent and that is freed, to say that there is room again. That was 4 % of the processor's time with one stream of TCP.
+//! The bell is mio's: it is hardly ever rung.
 
 use std::{
     io,
@@ -9,11 +12,12 @@ use std::{
     time::Duration,
 };
 
-use mio::{Events, Interest, Poll, Token, Waker, unix::SourceFd};
+use mio::{Events, Poll, Token, Waker};
 
 use crate::{
     offload::{VirtioNetHdr, coalesce::MAX_MERGED},
     sys::{
+        poll::wait_readable,
         raw::RawSender,
         tun::TunQueue,
         udp::{self, Message, Received, RecvBatch, SendBatch},
@@ -25,9 +29,7 @@ use super::{
 };
 use crate::engine::egress::FLUSH_BYTES;
 
-const TUN: Token = Token(0);
-const UDP: Token = Token(1);
-const BELL: Token = Token(2);
+const BELL: Token = Token(0);
 
 /// The longest that one read brings: a virtio header and the longest IP packet.
 const MAX_READ: usize = VirtioNetHdr::LEN + 65_535;
@@ -43,8 +45,8 @@ const WRITE_PARTS: usize = 1 + MAX_MERGED;
 
 /// See the module.
 pub struct Mmsg {
-    poll: Poll,
-    events: Events,
+    bell: Poll,
+    rung: Events,
     packets: Packets,
     peers: Peers,
     datagrams: Datagrams,
@@ -59,16 +61,14 @@ impl Mmsg {
     /// # Errors
     /// When the system gives no poller or no raw socket; `InvalidInput` without a socket.
     pub fn new(queue: Arc<TunQueue>, sockets: Arc<[UdpSocket]>) -> io::Result<(Self, Bell)> {
-        let poll = Poll::new()?;
-        let waker = Waker::new(poll.registry(), BELL)?;
-        let tunnel = sockets.first().ok_or(io::ErrorKind::InvalidInput)?;
-        poll.registry()
-            .register(&mut SourceFd(&queue.as_raw_fd()), TUN, Interest::READABLE)?;
-        poll.registry()
-            .register(&mut SourceFd(&tunnel.as_raw_fd()), UDP, Interest::READABLE)?;
+        if sockets.is_empty() {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let bell = Poll::new()?;
+        let waker = Waker::new(bell.registry(), BELL)?;
         let mmsg = Self {
-            poll,
-            events: Events::with_capacity(4),
+            bell,
+            rung: Events::with_capacity(1),
             packets: Packets::new(Arc::clone(&queue)),
             peers: Peers::new(Arc::clone(&sockets)),
             datagrams: Datagrams {
@@ -90,19 +90,20 @@ impl Io for Mmsg {
     type Local = RawSender;
 
     fn wait(&mut self, limit: Option<Duration>) -> io::Result<Ready> {
-        let mut ready = Ready::default();
-        match self.poll.poll(&mut self.events, limit) {
-            Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
-            _ => {}
+        let files = [
+            self.packets.queue.as_raw_fd(),
+            self.datagrams.sockets[0].as_raw_fd(),
+            self.bell.as_raw_fd(),
+        ];
+        let [packets, datagrams, bell] = wait_readable(files, limit)?;
+        if bell {
+            self.bell.poll(&mut self.rung, Some(Duration::ZERO))?;
         }
-        for event in &self.events {
-            match event.token() {
-                TUN => ready.packets = true,
-                UDP => ready.datagrams = true,
-                _ => ready.bell = true,
-            }
-        }
-        Ok(ready)
+        Ok(Ready {
+            packets,
+            datagrams,
+            bell,
+        })
     }
 
     fn parts(&mut self) -> Parts<'_, Packets, Peers, Datagrams, Device, RawSender> {

@@ -2,7 +2,7 @@
 //!
 //! | file | way |
 //! | --- | --- |
-//! | [`mmsg`] | one system call for each packet of the device and for each batch of datagrams; sleeps in epoll |
+//! | [`mmsg`] | one system call for each packet of the device and for each batch of datagrams; sleeps in `ppoll` |
 //! | [`uring`] | io_uring: one call waits and brings packets and datagrams, one call writes a batch to the device |
 //! | [`memory`] | none: queues of bytes, for tests and fuzzing |
 //!
