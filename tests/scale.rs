@@ -35,8 +35,11 @@ const MEMORY_KIB: u64 = 150 << 10;
 /// For how long it is calm before each storm, to have something to compare with.
 const CALM: Duration = Duration::from_secs(2);
 
-/// How many storms there are.
+/// How many storms there are that come as fast as etcd can take them.
 const STORMS: u32 = 3;
+
+/// From one change to the next in a storm that leaves the machine's processors to the daemons, too.
+const PACE: Duration = Duration::from_millis(1);
 
 /// Where nobody watches.
 const ELSEWHERE: &str = "/elsewhere";
@@ -67,8 +70,14 @@ fn public_ip(number: u32, generation: u32) -> Ipv4Addr {
     (0xac10_0000 + (generation << 16) + number).into()
 }
 
-/// Changes each record under `prefix`, one by one, from many writers at once; how long that took.
-fn storm(overlay: &Overlay, server: &EtcdServer, prefix: &str, backend: &str, generation: u32) -> Duration {
+/// Changes each record under `prefix`, one by one, from many writers at once, and no faster than `pace`; how long that took.
+fn storm(
+    overlay: &Overlay,
+    server: &EtcdServer,
+    (prefix, pace): (&str, Duration),
+    backend: &str,
+    generation: u32,
+) -> Duration {
     let begun = Instant::now();
     inside(overlay.lab.switch(), || {
         runtime().block_on(async {
@@ -77,6 +86,7 @@ fn storm(overlay: &Overlay, server: &EtcdServer, prefix: &str, backend: &str, ge
                 let mut client = client.kv_client();
                 async move {
                     for number in (writer..LEASES).step_by(WRITERS as usize) {
+                        tokio::time::sleep_until((begun + pace * number).into()).await;
                         let (key, value) = record(backend, number, generation);
                         let key = key.replacen(PREFIX, prefix, 1);
                         client.put(key, value, None).await.unwrap();
@@ -160,19 +170,24 @@ fn thousands_of_leases_disturb_no_packet(name: &str, backend: &str) {
         calm.add(probed(&mut || thread::sleep(CALM)));
         // The machine has the same to do, and the daemons nothing.
         elsewhere.add(probed(&mut || {
-            storm(&overlay, &server, ELSEWHERE, backend, generation);
+            storm(&overlay, &server, (ELSEWHERE, Duration::ZERO), backend, generation);
         }));
         let before = Vitals::of(&mut overlay.daemons[0]).processor;
         storming.add(probed(&mut || {
-            took += storm(&overlay, &server, PREFIX, backend, generation);
+            took += storm(&overlay, &server, (PREFIX, Duration::ZERO), backend, generation);
         }));
         wait_until_all_are_known(&overlay, generation);
         busy += Vitals::of(&mut overlay.daemons[0]).processor - before;
     }
+    let paced = probed(&mut || {
+        storm(&overlay, &server, (PREFIX, PACE), backend, STORMS + 1);
+    });
+    wait_until_all_are_known(&overlay, STORMS + 1);
     let after = Vitals::of(&mut overlay.daemons[0]);
     say("calm", &calm);
     say("as many changes elsewhere in etcd", &elsewhere);
     say("storm", &storming);
+    say("storm of 1,000 changes a second", &paced);
     println!(
         "scale: {backend}: {STORMS} times {LEASES} changes in {took:?}: {:?} of processor time for each; resident {} KiB, peak {} KiB",
         busy / (STORMS * LEASES),
