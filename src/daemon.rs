@@ -67,6 +67,7 @@ use crate::{
     sandbox::{Needs, Sandbox},
     subnet_file::{Previous, Share, SubnetFile, WriteError},
     supervisor::Supervisor,
+    sys::priority,
 };
 
 use blackhole::Blackhole;
@@ -661,6 +662,9 @@ impl Run<'_> {
                 if !self.settled {
                     self.settled = true;
                     self.settings.sandbox.settle(self.needs());
+                    if let Err(error) = priority::step_back() {
+                        warn!("the control plane takes turns with the workers: {error}");
+                    }
                 }
                 self.keep_file();
                 if self.file_is_due {

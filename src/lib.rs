@@ -25,8 +25,9 @@
 //! | [`sandbox`] | what the daemon gives up: capabilities, system calls |
 //! | [`sys`] | system calls; the only `unsafe` code |
 //!
-//! Two worlds meet at one narrow door. The control plane is asynchronous and runs on one thread; the data plane is plain
-//! threads that never log, allocate or lock per packet and never wait for the control plane. The door is the route table
+//! Two worlds meet at one narrow door. The control plane is asynchronous and runs on one thread, which steps back
+//! behind the others; the data plane is plain threads that never log, allocate or lock per packet and never wait for the control
+//! plane. The door is the route table
 //! ([`route_table::Routes`]), a channel of commands for each worker, and counters.
 
 #![deny(unsafe_code)]

@@ -2,7 +2,7 @@
 
 mod lab;
 
-use std::fs;
+use std::{fs, path::Path};
 
 use flannel::{
     lab::{Host, HostOptions, Lab, wait_until},
@@ -24,24 +24,33 @@ const SYS_ADMIN: u64 = 1 << 21;
 /// With a filter, in the word of proc_pid_status(5).
 const FILTERED: &str = "2";
 
-/// A thread of a process: its name, and what it may do.
+/// A thread of a process: its name, what it may do, and how far others go first.
 #[derive(Debug)]
 struct Thread {
+    id: String,
     name: String,
     status: String,
+    nice: i32,
 }
 
 impl Thread {
     fn all_of(daemon: &mut Daemon) -> Vec<Thread> {
         let tasks = format!("/proc/{}/task", daemon.process().pid());
         let tasks = fs::read_dir(tasks).unwrap();
-        tasks
-            .map(|task| {
-                let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
-                let name = field(&status, "Name").to_owned();
-                Thread { name, status }
-            })
-            .collect()
+        tasks.map(|task| Thread::at(&task.unwrap().path())).collect()
+    }
+
+    /// By its directory in `/proc`.
+    fn at(task: &Path) -> Thread {
+        let [status, stat] = ["status", "stat"].map(|name| fs::read_to_string(task.join(name)).unwrap());
+        // proc_pid_stat(5): the 19th field, or the 17th behind the name in parentheses, which may hold anything.
+        let nice = stat.rsplit(") ").next().unwrap().split(' ').nth(16).unwrap();
+        Thread {
+            id: field(&status, "Pid").to_owned(),
+            name: field(&status, "Name").to_owned(),
+            nice: nice.parse().unwrap(),
+            status,
+        }
     }
 
     fn is_worker(&self) -> bool {
@@ -162,6 +171,43 @@ fn a_udp_daemon_keeps_two_capabilities_and_its_workers_none() {
     ] {
         assert!(page.contains(line), "{line} is not in {page}");
     }
+}
+
+/// The workers' ids. Fails the test unless they are as the daemon was started, and the control plane lets them go first.
+fn assert_workers_go_first(daemon: &mut Daemon) -> Vec<String> {
+    let pid = daemon.process().pid().to_string();
+    let first = Thread::at(Path::new("/proc/thread-self")).nice;
+    let stepped_back = (first + 5).min(19);
+    let threads = Thread::all_of(daemon);
+    let (workers, others): (Vec<_>, Vec<_>) = threads.into_iter().partition(Thread::is_worker);
+    assert!(
+        others
+            .iter()
+            .any(|thread| thread.id == pid && thread.nice == stepped_back),
+        "{others:?}"
+    );
+    assert!(workers.iter().all(|worker| worker.nice == first), "{workers:?}");
+    workers.into_iter().map(|worker| worker.id).collect()
+}
+
+#[test]
+fn the_control_plane_lets_workers_go_first_and_those_that_are_started_anew() {
+    let lab = new_lab("sb_nice");
+    let registry = Registry::embedded(&lab);
+    let flags = (HostOptions::default(), &["--workers=2"][..]);
+    let mut overlay = Overlay::start_hosts(lab, registry, CONFIG, &vec![flags; 2]);
+    overlay.assert_all_reach_all();
+    let before = assert_workers_go_first(&mut overlay.daemons[0]);
+    assert_eq!(before.len(), 2);
+    overlay.hosts[0].ns().ip("link del flannel0").unwrap();
+    wait_until(PATIENCE, "other workers", || {
+        let threads = Thread::all_of(&mut overlay.daemons[0]);
+        let workers: Vec<_> = threads.iter().filter(|thread| thread.is_worker()).collect();
+        workers.len() == 2 && workers.iter().all(|worker| !before.contains(&worker.id))
+    })
+    .unwrap();
+    overlay.assert_all_reach_all();
+    assert_workers_go_first(&mut overlay.daemons[0]);
 }
 
 #[test]

@@ -179,6 +179,9 @@ fn thousands_of_leases_disturb_no_packet(name: &str, backend: &str) {
         wait_until_all_are_known(&overlay, generation);
         busy += Vitals::of(&mut overlay.daemons[0]).processor - before;
     }
+    let paced_elsewhere = probed(&mut || {
+        storm(&overlay, &server, (ELSEWHERE, PACE), backend, STORMS + 1);
+    });
     let paced = probed(&mut || {
         storm(&overlay, &server, (PREFIX, PACE), backend, STORMS + 1);
     });
@@ -187,6 +190,7 @@ fn thousands_of_leases_disturb_no_packet(name: &str, backend: &str) {
     say("calm", &calm);
     say("as many changes elsewhere in etcd", &elsewhere);
     say("storm", &storming);
+    say("1,000 changes a second elsewhere", &paced_elsewhere);
     say("storm of 1,000 changes a second", &paced);
     println!(
         "scale: {backend}: {STORMS} times {LEASES} changes in {took:?}: {:?} of processor time for each; resident {} KiB, peak {} KiB",

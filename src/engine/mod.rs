@@ -26,7 +26,7 @@ use std::{
     io::Result,
     net::{Ipv4Addr, Ipv6Addr, UdpSocket},
     sync::{Arc, Weak},
-    thread::{self, JoinHandle},
+    thread::JoinHandle,
     time::Duration,
 };
 
@@ -38,7 +38,7 @@ use nix::{
 
 use crate::{
     route_table::Routes,
-    sys::{tun::TunQueue, udp},
+    sys::{priority, tun::TunQueue, udp},
 };
 use admission::Admission;
 use counters::Counters;
@@ -209,12 +209,10 @@ impl Engine {
                 started,
             };
             let (way, confine, on_failure) = (parts.way, confine.clone(), on_failure.clone());
-            let thread = thread::Builder::new()
-                .name(format!("worker-{index}"))
-                .spawn(move || match way {
-                    Way::Mmsg => work(start, Mmsg::new, confine, &on_failure),
-                    Way::Uring => work(start, Uring::new, confine, &on_failure),
-                })?;
+            let thread = priority::start(format!("worker-{index}"), move || match way {
+                Way::Mmsg => work(start, Mmsg::new, confine, &on_failure),
+                Way::Uring => work(start, Uring::new, confine, &on_failure),
+            })?;
             // A worker that is gone without a word has panicked, which it has reported.
             let bell = outcome.recv().unwrap_or(Err(std::io::ErrorKind::Other.into()))?;
             engine.workers.push(Handle {

@@ -12,8 +12,12 @@ use super::{
 };
 
 /// How close publications follow one another at most. A person does not notice, a new host needs longer to start its first
-/// container; and 10,000 changes in two seconds are forty tables, not 10,000.
+/// container.
 const SPACING: Duration = Duration::from_millis(50);
+
+/// While changes go on they come less and less often, until there is so much time between two for each peer that there is:
+/// whoever is told has to look at all of them, and takes the processors from the packets meanwhile.
+const PER_PEER: Duration = Duration::from_micros(40);
 
 /// One part in so many of the time may go into making sets: where that takes long, because there are very many leases or many
 /// that overlap, they come less often.
@@ -29,10 +33,12 @@ pub(super) struct Publisher<'a> {
     pictures: &'a Sender<Option<Picture>>,
     /// Whether the registry has shown all there is.
     complete: bool,
-    /// Whether there is something to publish.
-    changed: bool,
+    /// How many changes there are to publish.
+    changes: usize,
     /// Not before then.
     next: Option<Instant>,
+    /// How long after the last one that is.
+    spacing: Duration,
     /// What the log has told of.
     told: Arc<PeerSet>,
     /// When it is to tell again, if there is something to tell.
@@ -45,8 +51,9 @@ impl<'a> Publisher<'a> {
         Self {
             pictures,
             complete: false,
-            changed: false,
+            changes: 0,
             next: None,
+            spacing: SPACING,
             told: Arc::default(),
             telling: None,
             last_told: None,
@@ -55,25 +62,25 @@ impl<'a> Publisher<'a> {
 
     /// There is something to publish.
     pub(super) fn note_change(&mut self) {
-        self.changed = true;
+        self.changes += 1;
     }
 
     /// The registry has shown all there is.
     pub(super) fn note_picture(&mut self) {
         self.complete = true;
-        self.changed = true;
+        self.changes += 1;
     }
 
     /// When [`run`](Self::run) has something to do.
     pub(super) fn due(&self) -> Option<Instant> {
-        let publication = self.changed.then(|| self.next.unwrap_or_else(Instant::now));
+        let publication = (self.changes > 0).then(|| self.next.unwrap_or_else(Instant::now));
         publication.into_iter().chain(self.telling).min()
     }
 
     /// Does what is due. `set` makes the peers as they are now.
     pub(super) fn run(&mut self, set: impl FnOnce() -> PeerSet) {
         let now = Instant::now();
-        if self.changed && self.next.is_none_or(|next| next <= now) {
+        if self.changes > 0 && self.next.is_none_or(|next| next <= now) {
             self.publish(set);
         }
         if self.telling.is_some_and(|telling| telling <= now) {
@@ -83,7 +90,7 @@ impl<'a> Publisher<'a> {
 
     /// Publishes at once what has changed: nothing more may come for long.
     pub(super) fn flush(&mut self, set: impl FnOnce() -> PeerSet) {
-        if self.changed {
+        if self.changes > 0 {
             self.publish(set);
         }
     }
@@ -91,7 +98,13 @@ impl<'a> Publisher<'a> {
     fn publish(&mut self, set: impl FnOnce() -> PeerSet) {
         let begun = Instant::now();
         let set = set();
-        self.changed = false;
+        // One that comes alone and is put right at once, as a lease that somebody has written over, is no storm.
+        self.spacing = match std::mem::take(&mut self.changes) {
+            0 | 1 => SPACING,
+            _ => (self.spacing * 2)
+                .min(PER_PEER.saturating_mul(set.len() as u32))
+                .max(SPACING),
+        };
         // Unread news is replaced: only the latest set matters.
         let picture = Picture {
             peers: Arc::new(set),
@@ -109,7 +122,7 @@ impl<'a> Publisher<'a> {
             self.telling.get_or_insert(next);
         }
         let now = Instant::now();
-        self.next = Some(now + SPACING.max((now - begun) * (SHARE - 1)));
+        self.next = Some(now + self.spacing.max((now - begun) * (SHARE - 1)));
     }
 
     /// Says what is new since it was last said; if that is much, only how much.
@@ -219,6 +232,41 @@ mod tests {
         publisher.run(|| peers(9_999));
         receiver.mark_unchanged();
         assert_eq!(published(&receiver), 9_999);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_more_peers_there_are_the_fewer_sets_a_storm_is_until_it_is_over() {
+        let storm = async |count| {
+            let (sender, _receiver) = watch::channel(None);
+            let mut publisher = Publisher::new(&sender);
+            let set = peers(count);
+            let mut times = Vec::new();
+            let begun = Instant::now();
+            while begun.elapsed() < Duration::from_secs(4) {
+                publisher.note_change();
+                publisher.run(|| {
+                    times.push(begun.elapsed());
+                    set.clone()
+                });
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            // The last of it, and after a while one that is alone.
+            tokio::time::sleep_until(publisher.due().unwrap()).await;
+            publisher.run(|| set.clone());
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            publisher.note_change();
+            publisher.run(|| set.clone());
+            assert!(publisher.next.unwrap() - Instant::now() <= SPACING);
+            times
+        };
+        let many = storm(10_000).await;
+        assert!(
+            many[1] <= SPACING && many[2] <= 4 * SPACING,
+            "the first ones wait as long as ever: {many:?}"
+        );
+        assert!((10..=14).contains(&many.len()), "{many:?}");
+        let few = storm(100).await;
+        assert!((75..=80).contains(&few.len()), "{few:?}");
     }
 
     #[tokio::test(start_paused = true)]
