@@ -663,7 +663,7 @@ impl Run<'_> {
                     self.settled = true;
                     self.settings.sandbox.settle(self.needs());
                     if let Err(error) = priority::step_back() {
-                        warn!("the control plane takes turns with the workers: {error}");
+                        warn!("the control plane lets nobody go first: {error}");
                     }
                 }
                 self.keep_file();

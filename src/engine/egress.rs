@@ -6,7 +6,7 @@ use std::{io, time::Duration};
 use crate::{
     offload::{
         Headers, SendPlan,
-        send_plan::{Piece, Run},
+        send_plan::{MAX_SEGMENTS, Piece, Run},
         split,
     },
     packet::flow,
@@ -26,8 +26,8 @@ use super::{
 /// of it and four times as much were measured to make no difference to TCP.
 pub(super) const FLUSH_BYTES: usize = 128 << 10;
 
-/// Packets after which a batch is sent, if they are small: some 100 µs of work.
-pub(super) const FLUSH_PACKETS: usize = 128;
+/// Packets after which a batch is sent, if they are small: two full messages, and some 100 µs of work.
+pub(super) const FLUSH_PACKETS: usize = 2 * MAX_SEGMENTS;
 
 /// How often, for all messages of a batch together, a full socket is tried again before one is dropped, and how long it is waited
 /// for each time. 4 ms in all: the time in which the socket's buffer drains at 8 Gbit/s; longer only moves the loss into the
@@ -46,6 +46,11 @@ pub(super) struct Egress {
     departure: Departure,
     headers: Headers,
     plan: SendPlan<Lane>,
+    /// The end of the batch before, which this one goes on with, and its bytes.
+    kept: Option<Run<Lane>>,
+    kept_bytes: Vec<u8>,
+    /// Where the end of this batch is copied to, while the other is still to be sent.
+    spare_bytes: Vec<u8>,
     /// The runs of one source port, by their place in the plan.
     chosen: Vec<usize>,
     messages: Vec<Message>,
@@ -61,6 +66,9 @@ impl Egress {
             departure,
             headers: Headers::default(),
             plan: SendPlan::default(),
+            kept: None,
+            kept_bytes: Vec::new(),
+            spare_bytes: Vec::new(),
             chosen: Vec::new(),
             messages: Vec::with_capacity(BATCH),
             segmenting,
@@ -79,29 +87,63 @@ impl Egress {
         local: &mut impl LocalSink,
         context: &mut Context<'_>,
     ) -> io::Result<bool> {
-        self.plan.clear();
-        self.headers.clear();
+        self.begin();
         packets.start();
-        let mut more = true;
+        let mut more = Ok(true);
         for _ in 0..FLUSH_PACKETS {
             if self.plan.bytes() >= FLUSH_BYTES || self.plan.runs().len() >= BATCH {
                 break;
             }
             let packet = match packets.next() {
                 Ok(packet) => packet,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    more = false;
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => {
+                    more = match error.kind() {
+                        io::ErrorKind::WouldBlock => Ok(false),
+                        _ => Err(error),
+                    };
                     break;
                 }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error),
             };
             if !self.take(packet, packets.arena(), local, context) {
                 packets.forget();
             }
         }
+        let kept = if matches!(more, Ok(true)) {
+            self.plan.keep_back()
+        } else {
+            None
+        };
+        if let Some(kept) = &kept {
+            let content = Content {
+                plan: &self.plan,
+                headers: &self.headers,
+                kept: &self.kept_bytes,
+                arena: packets.arena(),
+            };
+            self.spare_bytes.clear();
+            content
+                .of(kept)
+                .for_each(|bytes| self.spare_bytes.extend_from_slice(bytes));
+        }
         self.send(packets.arena(), peers, context);
-        Ok(more)
+        std::mem::swap(&mut self.kept_bytes, &mut self.spare_bytes);
+        self.kept = kept;
+        more
+    }
+
+    /// Sends what was kept back: no other batch comes.
+    pub(super) fn finish(&mut self, peers: &mut impl DatagramSink, context: &Context<'_>) {
+        self.begin();
+        self.send(&[], peers, context);
+    }
+
+    fn begin(&mut self) {
+        self.plan.clear();
+        self.headers.clear();
+        if let Some(kept) = self.kept.take() {
+            self.plan.go_on(&kept);
+        }
     }
 
     /// Plans what becomes of a packet; whether its bytes are still needed.
@@ -155,18 +197,19 @@ impl Egress {
     /// Sends the planned messages.
     fn send(&mut self, arena: &[u8], peers: &mut impl DatagramSink, context: &Context<'_>) {
         let mut patience = Patience(SEND_RETRIES);
+        let content = Content {
+            plan: &self.plan,
+            headers: &self.headers,
+            kept: &self.kept_bytes,
+            arena,
+        };
         for source in 0..self.sources {
             let runs = self.plan.runs().iter().enumerate();
             let of_source = runs.filter(|(_, run)| run.lane.source == source);
             self.chosen.clear();
             self.chosen.extend(of_source.map(|(index, _)| index));
             for chosen in self.chosen.chunks(BATCH) {
-                let runs = Runs {
-                    plan: &self.plan,
-                    headers: &self.headers,
-                    arena,
-                    chosen,
-                };
+                let runs = Runs { content, chosen };
                 runs.send(source, &mut self.messages, peers, &mut patience, context);
             }
         }
@@ -176,25 +219,35 @@ impl Egress {
 /// How often a full socket is still waited for.
 struct Patience(u32);
 
-/// Some of a plan's runs and the bytes of all, for one call.
-struct Runs<'a> {
+/// A plan and where its bytes are.
+#[derive(Clone, Copy)]
+struct Content<'a> {
     plan: &'a SendPlan<Lane>,
     headers: &'a Headers,
+    kept: &'a [u8],
     arena: &'a [u8],
+}
+
+impl<'a> Content<'a> {
+    /// The bytes of `run`, one of the plan's.
+    fn of(self, run: &Run<Lane>) -> impl Iterator<Item = &'a [u8]> + Clone + use<'a> {
+        self.plan.pieces(run).map(move |piece| match piece {
+            Piece::Packet { start, len } => &self.arena[start..start + len],
+            Piece::Header { superpacket, index } => self.plan.superpacket(superpacket).0.header(index, self.headers),
+            Piece::Kept => self.kept,
+        })
+    }
+}
+
+/// Some of a plan's runs, for one call.
+struct Runs<'a> {
+    content: Content<'a>,
     chosen: &'a [usize],
 }
 
 impl<'a> Runs<'a> {
     fn run(&self, index: usize) -> &'a Run<Lane> {
-        &self.plan.runs()[self.chosen[index]]
-    }
-
-    fn bytes(&self, run: &'a Run<Lane>) -> impl Iterator<Item = &'a [u8]> + Clone + use<'a> {
-        let (plan, headers, arena) = (self.plan, self.headers, self.arena);
-        plan.pieces(run).map(move |piece| match piece {
-            Piece::Packet { start, len } => &arena[start..start + len],
-            Piece::Header { superpacket, index } => plan.superpacket(superpacket).0.header(index, headers),
-        })
+        &self.content.plan.runs()[self.chosen[index]]
     }
 
     /// Sends all of them. What the socket does not take in time, or refuses, is dropped and counted.
@@ -210,7 +263,7 @@ impl<'a> Runs<'a> {
         messages.extend((0..self.chosen.len()).map(|index| message(self.run(index))));
         let mut done = 0;
         while done < messages.len() {
-            let rest = (done..messages.len()).flat_map(|index| self.bytes(self.run(index)));
+            let rest = (done..messages.len()).flat_map(|index| self.content.of(self.run(index)));
             match patience.send(source, &messages[done..], rest, peers) {
                 Ok(count) => {
                     for index in done..done + count {
@@ -244,7 +297,7 @@ impl<'a> Runs<'a> {
         context: &Context<'_>,
     ) -> bool {
         let mut any_taken = false;
-        let bytes: Vec<u8> = self.bytes(run).flatten().copied().collect();
+        let bytes: Vec<u8> = self.content.of(run).flatten().copied().collect();
         for datagram in bytes.chunks(run.segment) {
             let message = Message {
                 to: run.lane.peer.addr,

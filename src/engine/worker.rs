@@ -122,6 +122,18 @@ impl<I: Io> Worker<I> {
 
     /// Gives out what was taken from the kernel already; the rest stays there, for another worker perhaps.
     fn finish(&mut self) -> io::Result<()> {
+        let left = self.leave();
+        let context = Context {
+            routes: self.routes.load(),
+            refusals: &mut self.refusals,
+            counters: &self.counters,
+            fallbacks: &self.fallbacks,
+        };
+        self.egress.finish(self.io.parts().peers, &context);
+        left
+    }
+
+    fn leave(&mut self) -> io::Result<()> {
         loop {
             self.ready = self.io.leave()?;
             if !self.is_busy() {
@@ -326,6 +338,29 @@ mod tests {
         assert_eq!(counters.messages_sent.get(), 2);
         assert_eq!(counters.peer(peer(2).id).sent.packets.get(), 2);
         assert_eq!(counters.peer(peer(3).id).sent.bytes.get(), 92);
+    }
+
+    #[test]
+    fn the_end_of_a_long_batch_goes_with_the_next_one_and_nothing_is_lost_when_there_is_none() {
+        let count = 2 * FLUSH_PACKETS;
+        // 1,428 bytes each: a batch ends after 92 of them, two messages of 45 and two datagrams.
+        let packets: Vec<_> = (0..count).map(|port| packet(2, port as u16, &[7; 1_400])).collect();
+        let mut worker = worker(ALL, 1);
+        let plain_packets = packets.iter().map(|bytes| plain(bytes));
+        worker.io().packets.waiting.extend(plain_packets);
+        worker.look(None).unwrap();
+        worker.turn().unwrap();
+        assert_eq!((worker.io().peers.messages, worker.io().peers.sent.len()), (2, 90));
+        worker.turn().unwrap();
+        assert_eq!((worker.io().peers.messages, worker.io().peers.sent.len()), (4, 180));
+        // It is told to stop here: the rest is left to others, and what was taken from the device is not.
+        worker.finish().unwrap();
+        let left = worker.io().packets.waiting.len();
+        let expected: Vec<_> = packets.into_iter().map(older).collect();
+        assert_eq!(sent_bytes(&mut worker), expected[..count - left]);
+        assert_eq!(worker.counters.sent.packets.get(), (count - left) as u64);
+        worker.drain().unwrap();
+        assert_eq!(sent_bytes(&mut worker), expected[count - left..]);
     }
 
     #[test]

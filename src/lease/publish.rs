@@ -15,9 +15,10 @@ use super::{
 /// container.
 const SPACING: Duration = Duration::from_millis(50);
 
-/// While changes go on they come less and less often, until there is so much time between two for each peer that there is:
-/// whoever is told has to look at all of them, and takes the processors from the packets meanwhile.
+/// While many changes go on they come less and less often, until there is so much time between two for each peer that there is,
+/// but a second at most: whoever is told has to look at all of them, and takes the processors from the packets meanwhile.
 const PER_PEER: Duration = Duration::from_micros(40);
+const LONGEST_SPACING: Duration = Duration::from_secs(1);
 
 /// One part in so many of the time may go into making sets: where that takes long, because there are very many leases or many
 /// that overlap, they come less often.
@@ -62,7 +63,12 @@ impl<'a> Publisher<'a> {
 
     /// There is something to publish.
     pub(super) fn note_change(&mut self) {
-        self.changes += 1;
+        self.note_changes(1);
+    }
+
+    /// There is, if there are any, as much to publish.
+    pub(super) fn note_changes(&mut self, count: usize) {
+        self.changes += count;
     }
 
     /// The registry has shown all there is.
@@ -98,12 +104,14 @@ impl<'a> Publisher<'a> {
     fn publish(&mut self, set: impl FnOnce() -> PeerSet) {
         let begun = Instant::now();
         let set = set();
-        // One that comes alone and is put right at once, as a lease that somebody has written over, is no storm.
+        // One that comes alone and is put right at once, as a lease that somebody has written over, is no storm; nor is what comes
+        // after a silence.
+        let silent = self.next.is_none_or(|next| begun > next + self.spacing);
         self.spacing = match std::mem::take(&mut self.changes) {
-            0 | 1 => SPACING,
-            _ => (self.spacing * 2)
-                .min(PER_PEER.saturating_mul(set.len() as u32))
-                .max(SPACING),
+            2.. if !silent => (self.spacing * 2)
+                .min(PER_PEER * set.len() as u32)
+                .clamp(SPACING, LONGEST_SPACING),
+            _ => SPACING,
         };
         // Unread news is replaced: only the latest set matters.
         let picture = Picture {
@@ -250,11 +258,11 @@ mod tests {
                 });
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
-            // The last of it, and after a while one that is alone.
+            // The last of it, and after a while some that come together.
             tokio::time::sleep_until(publisher.due().unwrap()).await;
             publisher.run(|| set.clone());
-            tokio::time::sleep(Duration::from_secs(1)).await;
-            publisher.note_change();
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            publisher.note_changes(9);
             publisher.run(|| set.clone());
             assert!(publisher.next.unwrap() - Instant::now() <= SPACING);
             times

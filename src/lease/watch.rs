@@ -218,12 +218,12 @@ async fn follow(
             }
             events = changes.next() => match events {
                 Ok(events) => {
+                    publisher.note_changes(events.len());
                     for event in events {
                         if let Some(own) = view.apply(event) {
                             tell.send_replace(own);
                         }
                     }
-                    publisher.note_change();
                 }
                 Err(error) => return error,
             },

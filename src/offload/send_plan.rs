@@ -14,6 +14,11 @@ const MAX_PIECES: usize = 1_024;
 /// count the UDP header against the limit and refuse a message that is just full.
 pub const MAX_SEGMENTS: usize = 63;
 
+/// How many datagrams, and bytes, are kept back from a batch at most: they are copied, which costs less than a message of their own
+/// does at this end and at the other.
+const MAX_KEPT: usize = 8;
+const MAX_KEPT_BYTES: usize = 12 << 10;
+
 /// How many of the latest runs a packet is compared with. More destinations than that at once only merge less.
 const LOOK_BACK: usize = 16;
 
@@ -37,6 +42,8 @@ pub enum Piece {
         /// Which of its segments.
         index: usize,
     },
+    /// All that was [kept back](SendPlan::keep_back) from the batch before.
+    Kept,
 }
 
 /// One or several datagrams to one destination. `L` says which.
@@ -146,6 +153,30 @@ impl<L: Copy + PartialEq> SendPlan<L> {
             };
             self.add_piece(run, piece);
         }
+    }
+
+    /// Takes the last run out of the plan if it would be a short message, which the next batch can go on with, behind others. What
+    /// was kept back once is not again.
+    pub fn keep_back(&mut self) -> Option<Run<L>> {
+        let short = |run: &mut Run<L>| run.open && run.count <= MAX_KEPT && run.bytes <= MAX_KEPT_BYTES;
+        if self.runs.len() < 2 {
+            return None;
+        }
+        let kept = self.runs.pop_if(short)?;
+        self.bytes -= kept.bytes;
+        Some(kept)
+    }
+
+    /// Begins a batch with what was kept back from the one before.
+    pub fn go_on(&mut self, kept: &Run<L>) {
+        self.bytes += kept.bytes;
+        self.runs.push(Run {
+            pieces: 0,
+            first: NONE,
+            last: NONE,
+            ..kept.clone()
+        });
+        self.add_piece(self.runs.len() - 1, Piece::Kept);
     }
 
     /// The run for a datagram of `len` bytes in `pieces` pieces: the lane's latest one if it may join that (true), or a new one.
@@ -266,7 +297,7 @@ mod tests {
             pieces
                 .map(|piece| match piece {
                     Piece::Packet { start, .. } => start,
-                    Piece::Header { .. } => panic!("no headers were pushed"),
+                    other => panic!("{other:?} was not pushed"),
                 })
                 .collect()
         };
@@ -319,6 +350,45 @@ mod tests {
     }
 
     #[test]
+    fn a_short_end_is_kept_back_once_and_joined_by_the_next_batch() {
+        let mut plan = plan_of(&[(92, 1); 65]);
+        let kept = plan.keep_back().unwrap();
+        assert_eq!((shape(&plan), plan.bytes()), (vec![(92, 63, 1)], 63 * 92));
+        assert_eq!((kept.count, kept.bytes), (2, 184));
+        plan.clear();
+        plan.go_on(&kept);
+        assert_eq!(plan.bytes(), 184);
+        let alone = plan.keep_back();
+        assert_eq!(alone, None, "it has waited long enough");
+        for index in 0..62 {
+            plan.push_packet(64 + index * 92, 92, 1, true);
+        }
+        assert_eq!(shape(&plan), [(92, 63, 2), (92, 1, 1)]);
+        let pieces: Vec<_> = plan.pieces(&plan.runs()[0]).collect();
+        assert_eq!(
+            pieces,
+            [
+                Piece::Kept,
+                Piece::Packet {
+                    start: 64,
+                    len: 61 * 92
+                }
+            ]
+        );
+    }
+
+    #[test]
+    fn what_nothing_can_join_or_is_no_short_message_is_not_kept_back() {
+        let end = |packets: &[(usize, u8)]| plan_of(packets).keep_back().map(|run| run.count);
+        assert_eq!(end(&[(92, 1); 63 + MAX_KEPT]), Some(MAX_KEPT));
+        assert_eq!(end(&[(92, 1); 63 + MAX_KEPT + 1]), None);
+        assert_eq!(end(&[(92, 1); MAX_KEPT]), None, "all there is");
+        assert_eq!(end(&[(92, 2), (92, 1), (60, 1)]), None, "a shorter one ends a message");
+        assert_eq!(end(&[(92, 2), (92, 1)]), Some(1));
+        assert_eq!(end(&[(8_972, 1); 14]), None, "a full message of few datagrams");
+    }
+
+    #[test]
     fn a_superpacket_with_a_short_end_closes_its_message() {
         let (mut headers, mut plan) = (Headers::default(), SendPlan::<u8>::default());
         for start in [64, 8_000] {
@@ -331,24 +401,47 @@ mod tests {
         #[test]
         fn every_packet_is_sent_once_and_in_its_lanes_order(
             packets in proptest::collection::vec((prop_oneof![Just(60usize), Just(92), 1usize..3_000], 1u8..6), 0..300),
+            cut in 0usize..300,
         ) {
-            let plan = plan_of(&packets);
+            let (first, second) = packets.split_at(cut.min(packets.len()));
             // Where each datagram begins, its length and lane, in the order of the messages.
             let mut sent = Vec::new();
-            for run in plan.runs() {
-                let mut bytes: Vec<usize> = Vec::new();
-                for piece in plan.pieces(run) {
-                    let Piece::Packet { start, len } = piece else { panic!("no headers were pushed") };
-                    bytes.extend(start..start + len);
+            let bytes_of = |plan: &SendPlan<u8>, run: &Run<u8>, kept: &[usize]| -> Vec<usize> {
+                let bytes_of_piece = |piece| match piece {
+                    Piece::Packet { start, len } => (start..start + len).collect(),
+                    Piece::Kept => kept.to_vec(),
+                    other => panic!("{other:?} was not pushed"),
+                };
+                plan.pieces(run).flat_map(bytes_of_piece).collect()
+            };
+            let mut send = |plan: &SendPlan<u8>, kept: &[usize]| -> Result<(), TestCaseError> {
+                for run in plan.runs() {
+                    let bytes = bytes_of(plan, run, kept);
+                    prop_assert_eq!(bytes.len(), run.bytes);
+                    let datagrams: Vec<&[usize]> = bytes.chunks(run.segment).collect();
+                    prop_assert_eq!(datagrams.len(), run.count);
+                    for datagram in datagrams {
+                        prop_assert!(datagram.windows(2).all(|pair| pair[1] == pair[0] + 1), "one packet a datagram");
+                        sent.push((datagram[0], datagram.len(), run.lane));
+                    }
                 }
-                prop_assert_eq!(bytes.len(), run.bytes);
-                let datagrams: Vec<&[usize]> = bytes.chunks(run.segment).collect();
-                prop_assert_eq!(datagrams.len(), run.count);
-                for datagram in datagrams {
-                    prop_assert!(datagram.windows(2).all(|pair| pair[1] == pair[0] + 1), "one packet a datagram");
-                    sent.push((datagram[0], datagram.len(), run.lane));
-                }
+                prop_assert_eq!(plan.runs().iter().map(|run| run.bytes).sum::<usize>(), plan.bytes());
+                Ok(())
+            };
+            let mut plan = plan_of(first);
+            let kept = plan.keep_back();
+            let kept_bytes = kept.as_ref().map_or_else(Vec::new, |run| bytes_of(&plan, run, &[]));
+            send(&plan, &[])?;
+            plan.clear();
+            if let Some(kept) = &kept {
+                plan.go_on(kept);
             }
+            let mut at = 64 + first.iter().map(|(len, _)| len).sum::<usize>();
+            for (len, lane) in second {
+                plan.push_packet(at, *len, *lane, true);
+                at += len;
+            }
+            send(&plan, &kept_bytes)?;
             for lane in 1..6 {
                 let of_lane: Vec<_> = sent.iter().filter(|(.., to)| *to == lane).map(|(at, ..)| *at).collect();
                 prop_assert!(of_lane.is_sorted());

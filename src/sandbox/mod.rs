@@ -8,10 +8,10 @@
 //! | [each worker](Workers::confine), before its first packet | all capabilities; all system calls but those that move packets ([`calls`]) |
 //! | [once the daemon serves](Sandbox::settle) | the capabilities that its own backend does not need; the system calls that no daemon of ours makes |
 //!
-//! The control plane is one thread; those that look up names start from it, the programs that change traffic rules do, and, once it
-//! has settled, the one that starts workers anew ([`crate::sys::priority`]), so that all of them are as confined as it is. (A thread that was started earlier ends within moments of its last errand.) What the
-//! kernel refuses to do is said once, and the daemon goes on without it: in a container, or under a supervisor, much is given up
-//! before it begins. `--sandbox=off` gives up nothing.
+//! The control plane is one thread; from it start those that look up names, the programs that change traffic rules and, once it has
+//! settled, the thread that starts workers anew ([`crate::sys::priority`]), so that all of them are as confined as it is. (A thread
+//! that was started earlier ends within moments of its last errand.) What the kernel refuses to do is said once, and the daemon goes
+//! on without it: in a container, or under a supervisor, much is given up before it begins. `--sandbox=off` gives up nothing.
 //!
 //! All threads share one memory. Whoever takes over a worker has no power of his own, but can write to the control plane's
 //! memory, and so the filter of the one is a hurdle on the way to the rights of the other, and no wall.
