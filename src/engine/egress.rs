@@ -22,12 +22,12 @@ use super::{
     io::{DatagramSink, LocalSink, Packet, PacketSource},
 };
 
-/// Bytes after which a batch is sent: two superpackets, so that the second fills the message that the first one has begun. Half
-/// of it and four times as much were measured to make no difference to TCP.
-pub(super) const FLUSH_BYTES: usize = 128 << 10;
+/// Bytes after which a batch is sent: four superpackets, so that each fills the message that the one before has begun, and the
+/// receiver is woken once for several messages. Half of it cost 5 % of TCP.
+pub(super) const FLUSH_BYTES: usize = 256 << 10;
 
-/// Packets after which a batch is sent, if they are small: two full messages, and some 100 µs of work.
-pub(super) const FLUSH_PACKETS: usize = 2 * MAX_SEGMENTS;
+/// Packets after which a batch is sent, if they are small: three full messages, and some 150 µs of work.
+pub(super) const FLUSH_PACKETS: usize = 3 * MAX_SEGMENTS;
 
 /// How often, for all messages of a batch together, a full socket is tried again before one is dropped, and how long it is waited
 /// for each time. 4 ms in all: the time in which the socket's buffer drains at 8 Gbit/s; longer only moves the loss into the
@@ -109,10 +109,10 @@ impl Egress {
                 packets.forget();
             }
         }
-        let kept = if matches!(more, Ok(true)) {
-            self.plan.keep_back()
-        } else {
-            None
+        // While the others are sent, the next superpacket may come, whose segments belong behind the end of this one.
+        let kept = match more {
+            Ok(more) if more || self.plan.is_overflowing() => self.plan.keep_back(),
+            _ => None,
         };
         if let Some(kept) = &kept {
             let content = Content {
@@ -129,7 +129,7 @@ impl Egress {
         self.send(packets.arena(), peers, context);
         std::mem::swap(&mut self.kept_bytes, &mut self.spare_bytes);
         self.kept = kept;
-        more
+        Ok(more? || self.kept.is_some())
     }
 
     /// Sends what was kept back: no other batch comes.

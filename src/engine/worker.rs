@@ -343,16 +343,16 @@ mod tests {
     #[test]
     fn the_end_of_a_long_batch_goes_with_the_next_one_and_nothing_is_lost_when_there_is_none() {
         let count = 2 * FLUSH_PACKETS;
-        // 1,428 bytes each: a batch ends after 92 of them, two messages of 45 and two datagrams.
+        // 1,428 bytes each: a batch ends after 184 of them, four messages of 45 and four datagrams.
         let packets: Vec<_> = (0..count).map(|port| packet(2, port as u16, &[7; 1_400])).collect();
         let mut worker = worker(ALL, 1);
         let plain_packets = packets.iter().map(|bytes| plain(bytes));
         worker.io().packets.waiting.extend(plain_packets);
         worker.look(None).unwrap();
         worker.turn().unwrap();
-        assert_eq!((worker.io().peers.messages, worker.io().peers.sent.len()), (2, 90));
-        worker.turn().unwrap();
         assert_eq!((worker.io().peers.messages, worker.io().peers.sent.len()), (4, 180));
+        worker.turn().unwrap();
+        assert_eq!((worker.io().peers.messages, worker.io().peers.sent.len()), (8, 360));
         // It is told to stop here: the rest is left to others, and what was taken from the device is not.
         worker.finish().unwrap();
         let left = worker.io().packets.waiting.len();
@@ -361,6 +361,45 @@ mod tests {
         assert_eq!(worker.counters.sent.packets.get(), (count - left) as u64);
         worker.drain().unwrap();
         assert_eq!(sent_bytes(&mut worker), expected[count - left..]);
+    }
+
+    #[test]
+    fn what_a_full_message_had_no_room_for_waits_for_one_more_look_at_the_device() {
+        // 45 datagrams fill a message of 1,428 bytes each.
+        let packets: Vec<_> = (0..100).map(|port| packet(2, port, &[7; 1_400])).collect();
+        let expected: Vec<_> = packets.iter().cloned().map(older).collect();
+        let mut worker = worker(ALL, 1);
+        let arrive = |worker: &mut Worker<Memory>, packets: &[Vec<u8>]| {
+            worker
+                .io()
+                .packets
+                .waiting
+                .extend(packets.iter().map(|bytes| plain(bytes)));
+            worker.look(None).unwrap();
+            worker.turn().unwrap();
+            (worker.io().peers.messages, worker.io().peers.sent.len())
+        };
+        assert_eq!(arrive(&mut worker, &packets[..46]), (1, 45));
+        assert!(worker.is_busy(), "it does not sleep on it");
+        assert_eq!(
+            arrive(&mut worker, &packets[46..92]),
+            (2, 90),
+            "one joined by 44, and two more"
+        );
+        worker.turn().unwrap();
+        assert_eq!((worker.io().peers.messages, worker.io().peers.sent.len()), (3, 92));
+        assert!(!worker.is_busy());
+        // Of another length or for another peer it is no overflow, and is not late.
+        let shorter = packet(2, 9, &[7; 100]);
+        let elsewhere = packet(3, 9, &[7; 1_400]);
+        for other in [shorter, elsewhere] {
+            let sent = worker.io().peers.sent.len();
+            let batch = [&packets[..2], std::slice::from_ref(&other)].concat();
+            arrive(&mut worker, &batch);
+            assert_eq!(worker.io().peers.sent.len(), sent + 3);
+            assert!(!worker.is_busy());
+        }
+        assert_eq!(sent_bytes(&mut worker)[..92], expected[..92]);
     }
 
     #[test]

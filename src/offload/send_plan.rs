@@ -155,6 +155,14 @@ impl<L: Copy + PartialEq> SendPlan<L> {
         }
     }
 
+    /// Whether the last run is what the one before it had no room for.
+    pub fn is_overflowing(&self) -> bool {
+        let [.., before, last] = &self.runs[..] else {
+            return false;
+        };
+        before.open && before.lane == last.lane && before.segment == last.segment
+    }
+
     /// Takes the last run out of the plan if it would be a short message, which the next batch can go on with, behind others. What
     /// was kept back once is not again.
     pub fn keep_back(&mut self) -> Option<Run<L>> {
