@@ -91,8 +91,9 @@ impl Supervisor {
         self.forget(QUEUES);
         self.forget(SOCKETS);
         let Descriptors { queues, sockets, .. } = descriptors;
-        // A queue and a socket of the tunnel's for each worker: to nothing else do packets come.
-        let (needed, wanted, most) = (2 * queues.len(), queues.len() + sockets.len(), self.store);
+        // The queues and the tunnel's own sockets: to nothing else do packets come.
+        let needed = queues.len() + descriptors.workers();
+        let (wanted, most) = (queues.len() + sockets.len(), self.store);
         if needed > most {
             warn!(
                 "the supervisor's store takes {most} descriptors, and this daemon needs {needed}: a restart will lose packets. Raise \

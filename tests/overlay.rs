@@ -195,7 +195,7 @@ fn the_number_of_workers_and_the_plain_device_are_the_users_choice() {
     overlay.daemons[0].wait_for_log("5 workers");
     overlay.daemons[1].wait_for_log("1 worker,");
     let device = |host: usize| overlay.hosts[host].ns().ip("-d link show flannel0").unwrap();
-    assert!(device(0).contains("numqueues 5"));
+    assert!(device(0).contains("numqueues 10"));
     assert!(!device(1).contains("multi_queue"));
     overlay.assert_all_reach_all();
 }

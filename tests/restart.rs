@@ -117,7 +117,7 @@ fn what_the_supervisor_has_kept_is_used_as_far_as_it_fits() {
         let link = ns.ip("-o link show type tun").unwrap();
         link.split(':').next().unwrap().to_owned()
     };
-    assert_eq!(kept(&overlay), [QUEUE, QUEUE, SOCKET, SOCKET]);
+    assert_eq!(kept(&overlay), used_by(2, 1));
     let before = index(&ns);
     let with = |overlay: &mut Overlay, flags: &[&str]| {
         assert!(overlay.daemons[0].stop().success());
@@ -127,9 +127,9 @@ fn what_the_supervisor_has_kept_is_used_as_far_as_it_fits() {
     };
     // More workers get more queues and sockets, fewer leave some; nothing of those stays behind.
     with(&mut overlay, &["--workers=3"]);
-    assert_eq!(kept(&overlay), [QUEUE, QUEUE, QUEUE, SOCKET, SOCKET, SOCKET]);
+    assert_eq!(kept(&overlay), used_by(3, 1));
     with(&mut overlay, &["--workers=1"]);
-    assert_eq!(kept(&overlay), [QUEUE, SOCKET]);
+    assert_eq!(kept(&overlay), used_by(1, 1));
     assert_eq!(index(&ns), before);
     // Another kind of device has to be made anew; the port stays.
     with(&mut overlay, &["--workers=1", "--offload=false"]);
@@ -138,7 +138,7 @@ fn what_the_supervisor_has_kept_is_used_as_far_as_it_fits() {
             .log()
             .contains("does not fit: --offload is another now")
     );
-    assert_eq!(kept(&overlay), [QUEUE, SOCKET]);
+    assert_eq!(kept(&overlay), used_by(1, 1));
     assert_ne!(index(&ns), before);
     assert!(ns.ip("-br link").unwrap().contains("flannel0"));
 
@@ -151,7 +151,7 @@ fn what_the_supervisor_has_kept_is_used_as_far_as_it_fits() {
     overlay.daemons[1].start();
     with_started(&mut overlay);
     assert!(overlay.daemons[0].log().contains("which are not on 192.168.77.1:8555"));
-    assert_eq!(kept(&overlay), [QUEUE, SOCKET, SOCKET, SOCKET]);
+    assert_eq!(kept(&overlay), used_by(1, 3));
     assert_eq!(index(&ns), before);
 
     // The device is gone although its queues are kept.
@@ -170,8 +170,13 @@ fn what_the_supervisor_has_kept_is_used_as_far_as_it_fits() {
     overlay.daemons[0].supervisor().keep(QUEUE, dead);
     overlay.daemons[0].start_and_wait();
     assert_eq!(index(&ns), before);
-    assert_eq!(kept(&overlay), [QUEUE, SOCKET, SOCKET, SOCKET]);
+    assert_eq!(kept(&overlay), used_by(1, 3));
     overlay.assert_all_reach_all();
+}
+
+/// What so many workers use with so many source ports: each two queues, and a socket for each port.
+fn used_by(workers: usize, ports: usize) -> Vec<&'static str> {
+    [vec![QUEUE; 2 * workers], vec![SOCKET; workers * ports]].concat()
 }
 
 fn with_started(overlay: &mut Overlay) {
@@ -182,9 +187,9 @@ fn with_started(overlay: &mut Overlay) {
 
 #[test]
 fn a_store_that_is_too_small_keeps_what_it_can_and_the_daemon_says_so() {
-    let (mut overlay, _etcd) = supervised("small", 2, &["--workers=2"]);
+    let (mut overlay, _etcd) = supervised("small", 4, &["--workers=2"]);
     assert!(overlay.daemons[0].log().contains("FileDescriptorStoreMax="));
-    assert_eq!(overlay.daemons[0].supervisor().stored().len(), 2);
+    assert_eq!(overlay.daemons[0].supervisor().stored().len(), 4);
     let before = tunnel_device(overlay.hosts[0].ns());
     assert!(overlay.daemons[0].stop().success());
     overlay.daemons[0].start_and_wait();
@@ -281,21 +286,21 @@ fn what_fewer_workers_do_not_need_is_let_go_before_the_registry_is_asked() {
     let (mut overlay, etcd) = supervised("fewer", ROOM, &["--workers=3"]);
     overlay.daemons[0].wait_until_remembered(1);
     assert!(overlay.daemons[0].stop().success());
-    assert_eq!(kept(&overlay), [QUEUE, QUEUE, QUEUE, SOCKET, SOCKET, SOCKET]);
+    assert_eq!(kept(&overlay), used_by(3, 1));
     // A start that waits for the configuration, for as long as there is none.
     let key = "/coreos.com/network/config";
     etcd.etcdctl(&["del", key]);
     overlay.daemons[0].set_flags(&["--workers=1"]);
     overlay.daemons[0].start();
     wait_until(PATIENCE, "the supervisor to keep what is used", || {
-        kept(&overlay) == [QUEUE, SOCKET]
+        kept(&overlay) == used_by(1, 1)
     })
     .unwrap();
     overlay.assert_all_reach_all();
     assert!(!overlay.daemons[0].supervisor().was_told("READY=1"));
     etcd.etcdctl(&["put", key, CONFIG]);
     overlay.daemons[0].wait_ready();
-    assert_eq!(kept(&overlay), [QUEUE, SOCKET]);
+    assert_eq!(kept(&overlay), used_by(1, 1));
     overlay.assert_all_reach_all();
 }
 
@@ -320,7 +325,7 @@ fn a_remembered_network_that_does_not_fit_any_more_leaves_what_was_kept_to_the_s
     assert!(subnet.to_string().starts_with("10.9."), "{subnet}");
     let log = overlay.daemons[0].log();
     assert!(!log.contains("begun with the subnet that was last known"), "{log}");
-    assert_eq!(kept(&overlay), [QUEUE, QUEUE, SOCKET, SOCKET]);
+    assert_eq!(kept(&overlay), used_by(2, 1));
 }
 
 #[test]

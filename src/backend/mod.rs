@@ -16,9 +16,15 @@ mod udp_report;
 mod udp_sockets;
 pub mod vxlan;
 
-use std::{io, net::Ipv4Addr, os::fd::OwnedFd, time::Duration};
+use std::{
+    io,
+    net::Ipv4Addr,
+    os::fd::{AsRawFd, OwnedFd},
+    time::Duration,
+};
 
 use ipnet::IpNet;
+use nix::sys::socket::{SockaddrStorage, getsockname};
 use serde_json::Value;
 
 use crate::{
@@ -126,6 +132,14 @@ impl Descriptors {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.queues.is_empty() && self.sockets.is_empty()
+    }
+
+    /// How many workers they are for: each has a socket on the tunnel's port.
+    pub fn workers(&self) -> usize {
+        let address = |socket: &OwnedFd| getsockname::<SockaddrStorage>(socket.as_raw_fd()).ok();
+        let first = self.sockets.first().and_then(address);
+        let of_tunnel = |socket: &&OwnedFd| first.is_some() && address(socket) == first;
+        self.sockets.iter().take_while(of_tunnel).count()
     }
 
     /// Copies of them.

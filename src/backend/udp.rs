@@ -20,7 +20,7 @@ use tracing::{info, warn};
 
 use crate::{
     engine::{
-        Engine, Failure, IcmpSource, Observer, Offloads, Parts, Sockets,
+        self, Engine, Failure, IcmpSource, Observer, Offloads, Parts, Sockets,
         admission::{self, Admission},
         io::Way,
         peers::PeerIds,
@@ -190,13 +190,11 @@ impl Udp {
         };
         let workers = if left.shared && !left.queues.is_empty() {
             // The kernel would give a new queue its part of the flows before there is a worker for it.
-            if left.queues.len() != workers {
-                info!(
-                    "going on with the {} worker(s) of the running flanneld; a restart makes them {workers}",
-                    left.queues.len()
-                );
+            let running = left.workers().clamp(1, left.queues.len());
+            if running != workers {
+                info!("going on with the {running} worker(s) of the running flanneld; a restart makes them {workers}");
             }
-            left.queues.len()
+            running
         } else {
             workers
         };
@@ -230,10 +228,21 @@ impl Udp {
     }
 
     /// The device that was left, if it fits, or else a new one.
-    fn take_device(&mut self, kernel: &mut Kernel, own: &Lease) -> Result<(Tun, TunOffload), Error> {
+    fn take_device(&mut self, kernel: &mut Kernel, own: &Lease, way: Way) -> Result<(Tun, TunOffload), Error> {
         let left = std::mem::take(&mut self.left);
+        let queues = match self.options.tun {
+            TunMode::Plain => 1,
+            TunMode::Auto => self.workers * engine::queues_each(way),
+        };
         if !left.is_empty() {
-            match udp_device::adopt(kernel, left, &self.options, self.workers, own) {
+            // What lies in a queue that is closed is lost, and a new one would get its part of the flows at once, which the running
+            // daemon does not read.
+            let most = self.workers * engine::MOST_QUEUES_EACH;
+            let queues = match left.len().min(most) {
+                kept if self.shared => kept,
+                kept => kept.max(queues),
+            };
+            match udp_device::adopt(kernel, left, &self.options, queues, own) {
                 Ok(device) => return Ok(device),
                 Err((why, _)) if self.shared => return Err(Error::Misfit(why)),
                 Err((why, index)) => {
@@ -243,8 +252,8 @@ impl Udp {
                 }
             }
         }
-        let (device, offload) = udp_device::open(&self.options, self.workers)?;
-        self.workers = device.queues.len();
+        let (device, offload) = udp_device::open(&self.options, queues)?;
+        self.workers = self.workers.min(device.queues.len());
         self.sockets.truncate(self.workers);
         Ok((device, offload))
     }
@@ -439,12 +448,12 @@ impl Udp {
     /// Makes the device, or takes the one that was left, and lets the engine run on it if it is to run.
     fn make(&mut self, network: &Network, own: &Lease) -> Result<(), Error> {
         let mut kernel = Kernel::open()?;
-        let (tun, tun_offload) = self.take_device(&mut kernel, own)?;
-        let index = udp_device::configure(&mut kernel, &tun.name, self.mtu, &self.external, network, own)?;
         let (way, refused) = choose_way(self.options.io, uring::probe);
         if let Some(reason) = refused {
             warn!("cannot use io_uring: {reason}; packets are moved with system calls (--io=mmsg) instead");
         }
+        let (tun, tun_offload) = self.take_device(&mut kernel, own, way)?;
+        let index = udp_device::configure(&mut kernel, &tun.name, self.mtu, &self.external, network, own)?;
         let offloads = self.offloads(tun_offload);
         let observer = match &self.observer {
             Some(before) => before.on_others(&self.sockets, offloads),

@@ -22,16 +22,16 @@ use crate::{
 /// that a worker is off its processor; 1,000 is what Ethernet devices have.
 const DEVICE_QUEUE: u32 = 1_000;
 
-/// Makes the device, with a queue for each of `workers`: by the plain path, with one queue, where the fast one is refused.
-pub(super) fn open(options: &Options, workers: usize) -> Result<(Tun, TunOffload), Error> {
+/// Makes the device, with so many queues: by the plain path, with one queue, where the fast one is refused.
+pub(super) fn open(options: &Options, queues: usize) -> Result<(Tun, TunOffload), Error> {
     let none = |device| (device, TunOffload::None);
     let opened = match options.tun {
         TunMode::Plain => tun::open_plain(DEVICE).map(none),
         TunMode::Auto => {
             let opened = if options.offload {
-                tun::open_offload(DEVICE, workers)
+                tun::open_offload(DEVICE, queues)
             } else {
-                tun::open_multi_queue(DEVICE, workers).map(none)
+                tun::open_multi_queue(DEVICE, queues).map(none)
             };
             opened.or_else(|error| {
                 if error.raw_os_error() != Some(libc::EINVAL) {
@@ -55,7 +55,7 @@ pub(super) fn open(options: &Options, workers: usize) -> Result<(Tun, TunOffload
     })
 }
 
-/// The device whose queues an earlier process has left, with a queue for each of `workers` and all that the queues hold.
+/// The device whose queues an earlier process has left, with `wanted` queues and all that they hold.
 ///
 /// # Errors
 /// Why it does not fit, with the device's index if it is there.
@@ -63,7 +63,7 @@ pub(super) fn adopt(
     kernel: &mut Kernel,
     queues: Vec<OwnedFd>,
     options: &Options,
-    workers: usize,
+    wanted: usize,
     own: &Lease,
 ) -> Result<(Tun, TunOffload), (String, Option<u32>)> {
     let mut device = Tun::adopt(queues).map_err(|error| (format!("it is gone: {error}"), None))?;
@@ -90,8 +90,8 @@ pub(super) fn adopt(
             own.subnets.to_cidrs()
         ));
     }
-    device.queues.truncate(workers);
-    while device.queues.len() < workers {
+    device.queues.truncate(wanted);
+    while device.queues.len() < wanted {
         if let Err(error) = device.add_queue() {
             return misfit(format!("it gets no more queues: {error}"));
         }

@@ -1,6 +1,6 @@
 //! What a worker counts. Each worker writes its own; anyone reads at any time without stopping it.
 
-use std::{io, sync::atomic::Ordering::Relaxed};
+use std::{io, sync::atomic::Ordering::Relaxed, time::Duration};
 
 use nix::time::{ClockId, clock_gettime};
 
@@ -199,12 +199,18 @@ impl PeerTraffic {
     }
 }
 
-/// Seconds on a clock that never goes back, as of the kernel's last tick: cheap enough to be read for each batch, and exact
-/// enough to tell how long a peer has been silent (clock_gettime(2), `CLOCK_MONOTONIC_COARSE`).
+/// Seconds on the same clock: exact enough to tell how long a peer has been silent.
 #[inline]
 pub fn uptime() -> u64 {
+    coarse_uptime().as_secs()
+}
+
+/// Time on a clock that never goes back, as of the kernel's last tick, some milliseconds ago: cheap enough to be read for each
+/// batch (clock_gettime(2), `CLOCK_MONOTONIC_COARSE`).
+#[inline]
+pub fn coarse_uptime() -> Duration {
     // Linux has this clock since 2.6.32.
-    clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE).map_or(0, |time| time.tv_sec().unsigned_abs())
+    clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE).map_or(Duration::ZERO, Duration::from)
 }
 
 /// Peers in one piece of [`PeerCounters`]: 14 KiB.

@@ -127,6 +127,7 @@ impl Egress {
                 .of(kept)
                 .for_each(|bytes| self.spare_bytes.extend_from_slice(bytes));
         }
+        context.flows.set_behind(packets.is_behind());
         self.send(packets.arena(), peers, context);
         std::mem::swap(&mut self.kept_bytes, &mut self.spare_bytes);
         self.kept = kept;
@@ -162,7 +163,7 @@ impl Egress {
             context.counters.drop_one(Drop::Malformed);
             return false;
         };
-        let (peer, hash) = match forward::egress(bytes, context.routes, &self.departure, self.sources > 1) {
+        let (peer, hash) = match forward::egress(bytes, context.routes, &self.departure) {
             Verdict::Forward(next) => next,
             Verdict::Refuse(error, reason) => {
                 context.counters.drop_one(reason);
@@ -180,6 +181,7 @@ impl Egress {
             context.counters.drop_one(Drop::Malformed);
             return false;
         };
+        context.flows.sent(hash, bytes.len(), packet.from);
         let lane = Lane {
             peer,
             source: flow::lane(hash, self.sources),

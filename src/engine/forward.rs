@@ -22,9 +22,9 @@ pub enum Verdict<Next> {
     Drop(Drop),
 }
 
-/// A packet that came out of the TUN device: to which peer, and with which hash of its flow (0 unless `hashed`)?
+/// A packet that came out of the TUN device: to which peer, and with which hash of its flow?
 #[inline]
-pub fn egress(packet: &mut [u8], routes: &RouteTable, departure: &Departure, hashed: bool) -> Verdict<(Peer, u32)> {
+pub fn egress(packet: &mut [u8], routes: &RouteTable, departure: &Departure) -> Verdict<(Peer, u32)> {
     let Ok(view) = IpPacket::parse(packet) else {
         return Verdict::Drop(Drop::Malformed);
     };
@@ -37,7 +37,7 @@ pub fn egress(packet: &mut [u8], routes: &RouteTable, departure: &Departure, has
             if let Err(reason) = departure.allow(&view, routes) {
                 return Verdict::Drop(reason);
             }
-            let hash = if hashed { flow::hash(&view) } else { 0 };
+            let hash = flow::hash(&view);
             age(packet, (peer, hash))
         }
     }
@@ -106,7 +106,7 @@ mod tests {
     }
 
     fn leaving(packet: &mut [u8]) -> Verdict<(Peer, u32)> {
-        egress(packet, &routes(), &Departure::default(), false)
+        egress(packet, &routes(), &Departure::default())
     }
 
     fn from_peer(packet: &mut [u8]) -> Verdict<PeerId> {
@@ -120,7 +120,8 @@ mod tests {
     #[test]
     fn a_packet_for_a_peer_goes_to_it_one_hop_older() {
         for (mut packet, older) in to_peer(9).into_iter().zip(to_peer(8)) {
-            assert_eq!(leaving(&mut packet), Verdict::Forward((PEER, 0)));
+            let hash = flow::hash(&IpPacket::parse(&packet).unwrap());
+            assert_eq!(leaving(&mut packet), Verdict::Forward((PEER, hash)));
             assert_eq!(packet, older);
         }
     }

@@ -13,6 +13,7 @@ use super::{
     admission::Admission,
     context::Context,
     counters::{Counters, Drop, uptime},
+    flows::{Class, Flows},
     forward::{self, Verdict},
     io::{DatagramSink, DatagramSource, InParts, PacketSink},
 };
@@ -145,23 +146,36 @@ impl Tally {
 }
 
 /// A write for a device with or without virtio headers.
-struct Prepared<'a> {
+struct Prepared<'a, 'f> {
     write: Write<'a>,
     headers: bool,
+    flows: &'f Flows,
 }
 
-impl<'a> InParts<'a> for Prepared<'a> {
+impl<'a> InParts<'a> for Prepared<'a, '_> {
     fn parts(&self) -> impl Iterator<Item = &'a [u8]> + Clone {
         self.write.parts().skip(usize::from(!self.headers))
+    }
+
+    fn class(&self) -> Class {
+        let first = self.write.packets().next();
+        first.map_or(Class::Sparse, |packet| self.flows.class(packet))
     }
 }
 
 /// A packet as it stands, for a device with virtio headers.
-struct Plain<'a>(&'a [u8]);
+struct Plain<'a, 'f> {
+    packet: &'a [u8],
+    flows: &'f Flows,
+}
 
-impl<'a> InParts<'a> for Plain<'a> {
+impl<'a> InParts<'a> for Plain<'a, '_> {
     fn parts(&self) -> impl Iterator<Item = &'a [u8]> + Clone {
-        [PLAIN, self.0].into_iter()
+        [PLAIN, self.packet].into_iter()
+    }
+
+    fn class(&self) -> Class {
+        self.flows.class(self.packet)
     }
 }
 
@@ -169,7 +183,10 @@ impl<'a> InParts<'a> for Plain<'a> {
 /// kind is merged no more.
 fn deliver<'a>(mut writes: impl Iterator<Item = Write<'a>>, device: &mut impl PacketSink, context: &Context<'_>) {
     let Context {
-        counters, fallbacks, ..
+        counters,
+        fallbacks,
+        flows,
+        ..
     } = context;
     let headers = device.has_headers();
     // Allocates only after a refusal, which comes once for each kind.
@@ -179,7 +196,7 @@ fn deliver<'a>(mut writes: impl Iterator<Item = Write<'a>>, device: &mut impl Pa
         // What is behind a refused write may be of its flow.
         let next = std::iter::from_fn(|| if going.get() { writes.next() } else { None });
         device.write(
-            next.map(|write| Prepared { write, headers }),
+            next.map(|write| Prepared { write, headers, flows }),
             |Prepared { write, .. }, result| match result {
                 Ok(()) => {
                     counters.received.add(write.count(), write.packets_len());
@@ -200,10 +217,13 @@ fn deliver<'a>(mut writes: impl Iterator<Item = Write<'a>>, device: &mut impl Pa
             return;
         }
         for write in refused.drain(..) {
-            device.write(write.packets().map(Plain), |Plain(packet), result| match result {
-                Ok(()) => counters.received.add(1, packet.len()),
-                Err(error) => count_undelivered(1, &error, counters),
-            });
+            device.write(
+                write.packets().map(|packet| Plain { packet, flows }),
+                |Plain { packet, .. }, result| match result {
+                    Ok(()) => counters.received.add(1, packet.len()),
+                    Err(error) => count_undelivered(1, &error, counters),
+                },
+            );
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The packet engine: moves IP packets between the queues of a TUN device and UDP sockets.
 //!
-//! One worker for each TUN queue, with a socket of its own; it runs each packet to completion. What it shares with the
+//! Each worker has a socket and one or two TUN queues of its own, the second for flows that send little ([`flows`]), and runs each
+//! packet to completion. What it shares with the
 //! rest of the daemon: the published route table (one atomic load a batch), a channel for commands, and its
 //! [`Counters`]. It knows nothing of the registry, takes no lock, and neither allocates nor logs per packet; what the kernel
 //! refuses while it runs is said once.
@@ -11,6 +12,7 @@ pub mod counters;
 pub mod departure;
 mod egress;
 pub mod fallbacks;
+pub mod flows;
 pub mod forward;
 mod ingress;
 pub mod io;
@@ -43,14 +45,15 @@ use crate::{
 use admission::Admission;
 use counters::Counters;
 use fallbacks::Fallbacks;
-use io::{Bell, Io, Way, mmsg::Mmsg, uring::Uring};
+use io::{Bell, Io, Queues, Way, mmsg::Mmsg, uring::Uring};
 use snapshot::{PeerSnapshot, Snapshot, WorkerSnapshot};
 use worker::{Setup, Worker};
 
 /// What an engine is made of.
 #[derive(Debug)]
 pub struct Parts {
-    /// One for each worker. Whoever else keeps it, keeps the device.
+    /// One for each worker, and behind these, as far as there are so many, a second one for each. Whoever else keeps one, keeps the
+    /// device.
     pub queues: Vec<Arc<TunQueue>>,
     /// One for each worker. Whoever else keeps them open has what comes while no engine runs.
     pub sockets: Vec<Sockets>,
@@ -139,6 +142,18 @@ struct Handle {
     thread: Option<JoinHandle<()>>,
 }
 
+/// How many queues of the device a worker can use, at most.
+pub const MOST_QUEUES_EACH: usize = 2;
+
+/// How many queues of the device a worker has use for. io_uring brings the packets of several in no certain order, so that flows
+/// cannot be moved between them.
+pub fn queues_each(way: Way) -> usize {
+    match way {
+        Way::Mmsg => MOST_QUEUES_EACH,
+        Way::Uring => 1,
+    }
+}
+
 /// The sockets of each worker: the tunnel's own, on the tunnel's port, and behind it one for each source port more.
 pub type Sockets = Arc<[UdpSocket]>;
 
@@ -161,7 +176,7 @@ struct Observed {
 }
 
 impl Engine {
-    /// Starts one worker for each queue. `confine` is called by each when it has all that it needs, before its first packet;
+    /// Starts one worker for each socket of the tunnel's own. `confine` is called by each when it has all that it needs, before its first packet;
     /// `on_failure`, from the worker's thread too, with the reason when it cannot go on.
     ///
     /// # Errors
@@ -171,19 +186,23 @@ impl Engine {
         confine: impl Fn() + Send + Clone + 'static,
         on_failure: impl Fn(Failure) + Send + Clone + 'static,
     ) -> Result<Self> {
-        let count = parts.queues.len();
+        let count = parts.sockets.len();
         let Observer {
             workers,
             offloads,
             fallbacks,
         } = parts.observer;
-        debug_assert_eq!(count, workers.len(), "sockets for each queue");
+        debug_assert_eq!(count, workers.len(), "one observed for each worker");
+        debug_assert!(count <= parts.queues.len(), "a queue for each worker");
         let processors = if parts.pin { processors()? } else { Vec::new() };
         let mut engine = Self {
             workers: Vec::with_capacity(count),
         };
-        let pairs = parts.queues.into_iter().zip(parts.sockets);
-        for (index, ((queue, sockets), observed)) in pairs.zip(workers).enumerate() {
+        let queues = parts.queues.iter().enumerate().map(|(index, queue)| {
+            let second = parts.queues.get(count + index);
+            Queues::new(Arc::clone(queue), second.map(Arc::clone))
+        });
+        for (index, ((queues, sockets), observed)) in queues.zip(parts.sockets).zip(workers).enumerate() {
             let setup = Setup {
                 routes: parts.routes.clone(),
                 admission: parts.admission,
@@ -200,7 +219,7 @@ impl Engine {
             let (started, outcome) = crossbeam_channel::bounded(1);
             let start = Start {
                 index,
-                queue,
+                queues,
                 sockets,
                 setup,
                 // More workers than processors take turns on them.
@@ -321,7 +340,7 @@ fn dropped(sockets: &Sockets) -> u64 {
 /// What a worker's thread begins with.
 struct Start {
     index: usize,
-    queue: Arc<TunQueue>,
+    queues: Queues,
     sockets: Sockets,
     setup: Setup,
     processor: Option<usize>,
@@ -333,7 +352,7 @@ struct Start {
 /// A worker's thread. It makes its way to the kernel itself: a ring belongs to the thread that has made it.
 fn work<I: Io>(
     start: Start,
-    make: impl FnOnce(Arc<TunQueue>, Sockets) -> Result<(I, Bell)>,
+    make: impl FnOnce(Queues, Sockets) -> Result<(I, Bell)>,
     confine: impl FnOnce(),
     on_failure: &impl Fn(Failure),
 ) {
@@ -341,7 +360,7 @@ fn work<I: Io>(
     let panicked = PanicReport { on_failure, index };
     let pinned = start.processor.map_or(Ok(()), pin);
     // Whoever starts the worker waits for what is sent.
-    match pinned.and_then(|()| make(start.queue, start.sockets)) {
+    match pinned.and_then(|()| make(start.queues, start.sockets)) {
         Err(error) => drop(start.started.send(Err(error))),
         Ok((io, bell)) => {
             confine();

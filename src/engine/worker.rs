@@ -8,19 +8,17 @@ use std::{
 
 use crossbeam_channel::Receiver;
 
-use crate::{
-    offload::Merge,
-    route_table::{Routes, RoutesReader},
-};
+use crate::{offload::Merge, route_table::Routes};
 
 use super::{
     Command, IcmpSource, Offloads,
     admission::Admission,
-    context::Context,
+    context::Common,
     counters::Counters,
     departure::Departure,
     egress::Egress,
     fallbacks::Fallbacks,
+    flows::Flows,
     ingress::Ingress,
     io::{Io, Parts, Ready},
     refusal::Refusals,
@@ -51,13 +49,10 @@ pub struct Setup {
 /// See the module.
 pub struct Worker<I> {
     io: I,
-    routes: RoutesReader,
-    counters: Arc<Counters>,
-    fallbacks: Arc<Fallbacks>,
+    common: Common,
     busy_poll: Duration,
     egress: Egress,
     ingress: Ingress,
-    refusals: Refusals,
     /// What is known to be waiting.
     ready: Ready,
 }
@@ -71,9 +66,13 @@ impl<I: Io> Worker<I> {
         };
         Self {
             io,
-            routes: setup.routes.reader(),
-            counters: setup.counters,
-            fallbacks: setup.fallbacks,
+            common: Common {
+                routes: setup.routes.reader(),
+                refusals: Refusals::new(setup.icmp_source, setup.sharers),
+                counters: setup.counters,
+                fallbacks: setup.fallbacks,
+                flows: Flows::new(),
+            },
             busy_poll: setup.busy_poll,
             egress: Egress::new(
                 Departure::new(setup.admission.own()),
@@ -81,7 +80,6 @@ impl<I: Io> Worker<I> {
                 setup.sources,
             ),
             ingress: Ingress::new(merge, setup.admission),
-            refusals: Refusals::new(setup.icmp_source, setup.sharers),
             ready: Ready {
                 packets: true,
                 datagrams: true,
@@ -123,13 +121,7 @@ impl<I: Io> Worker<I> {
     /// Gives out what was taken from the kernel already; the rest stays there, for another worker perhaps.
     fn finish(&mut self) -> io::Result<()> {
         let left = self.leave();
-        let context = Context {
-            routes: self.routes.load(),
-            refusals: &mut self.refusals,
-            counters: &self.counters,
-            fallbacks: &self.fallbacks,
-        };
-        self.egress.finish(self.io.parts().peers, &context);
+        self.egress.finish(self.io.parts().peers, &self.common.context());
         left
     }
 
@@ -182,12 +174,7 @@ impl<I: Io> Worker<I> {
             device,
             local,
         } = self.io.parts();
-        let mut context = Context {
-            routes: self.routes.load(),
-            refusals: &mut self.refusals,
-            counters: &self.counters,
-            fallbacks: &self.fallbacks,
-        };
+        let mut context = self.common.context();
         if self.ready.packets {
             self.ready.packets = self.egress.run(packets, peers, local, &mut context)?;
         }
@@ -208,6 +195,7 @@ mod tests {
             admission::SourceCheck,
             counters::Drop,
             egress::FLUSH_PACKETS,
+            flows::Class,
             io::memory::{Incoming, Memory, Sent},
         },
         offload::{GsoKind, PartialChecksum, VirtioNetHdr},
@@ -333,11 +321,32 @@ mod tests {
             bytes,
         };
         assert_eq!(sent(&mut worker), [of(2, one), of(2, three), of(3, two)]);
-        let counters = &worker.counters;
+        let counters = &worker.common.counters;
         assert_eq!((counters.sent.packets.get(), counters.sent.bytes.get()), (3, 276));
         assert_eq!(counters.messages_sent.get(), 2);
         assert_eq!(counters.peer(peer(2).id).sent.packets.get(), 2);
         assert_eq!(counters.peer(peer(3).id).sent.bytes.get(), 92);
+    }
+
+    #[test]
+    fn what_comes_for_a_flow_that_sends_much_is_written_to_the_queue_for_bulk() {
+        let mut worker = worker(ALL, 1);
+        let arrive = |worker: &mut Worker<Memory>, to: u16| {
+            let answer = build::Ipv4::new([10, 5, 2, 2].into(), [10, 5, 1, 2].into()).udp(53, to, b"answer");
+            worker.io().datagrams.waiting.push_back(from_peer(2, answer));
+            worker.drain().unwrap();
+            worker.io().device.classes.pop().unwrap()
+        };
+        let leave = |worker: &mut Worker<Memory>, port: u16, count: usize| {
+            let packet = plain(&packet(2, port, &[7; 1_400]));
+            worker.io().packets.waiting.extend(std::iter::repeat_n(packet, count));
+            worker.drain().unwrap();
+        };
+        worker.io().packets.from = Class::Sparse;
+        leave(&mut worker, 1, 40);
+        leave(&mut worker, 2, 1);
+        assert_eq!(arrive(&mut worker, 1), Class::Bulk);
+        assert_eq!(arrive(&mut worker, 2), Class::Sparse);
     }
 
     #[test]
@@ -358,7 +367,7 @@ mod tests {
         let left = worker.io().packets.waiting.len();
         let expected: Vec<_> = packets.into_iter().map(older).collect();
         assert_eq!(sent_bytes(&mut worker), expected[..count - left]);
-        assert_eq!(worker.counters.sent.packets.get(), (count - left) as u64);
+        assert_eq!(worker.common.counters.sent.packets.get(), (count - left) as u64);
         worker.drain().unwrap();
         assert_eq!(sent_bytes(&mut worker), expected[count - left..]);
     }
@@ -409,9 +418,9 @@ mod tests {
         worker.io().packets.waiting.extend(vec![lost; FLUSH_PACKETS + 1]);
         worker.look(None).unwrap();
         worker.turn().unwrap();
-        assert_eq!(worker.counters.dropped(Drop::NoRoute), FLUSH_PACKETS as u64);
+        assert_eq!(worker.common.counters.dropped(Drop::NoRoute), FLUSH_PACKETS as u64);
         worker.drain().unwrap();
-        assert_eq!(worker.counters.dropped(Drop::NoRoute), FLUSH_PACKETS as u64 + 1);
+        assert_eq!(worker.common.counters.dropped(Drop::NoRoute), FLUSH_PACKETS as u64 + 1);
         let errors = &worker.io().local.sent;
         assert!(!errors.is_empty());
         assert!(errors.iter().all(|(to, _)| *to == IpAddr::from([10, 5, 1, 2])));
@@ -432,14 +441,14 @@ mod tests {
             sent_bytes(&mut worker),
             [pieces.clone(), vec![older(packet(3, 1, b"x"))]].concat()
         );
-        assert!(worker.fallbacks.is_refusing(peer(2).addr));
+        assert!(worker.common.fallbacks.is_refusing(peer(2).addr));
         // No segmented message is tried any more, and none is lost.
         worker.io().peers.refuse_segmented = None;
         worker.io().peers.messages = 0;
         worker.io().packets.waiting.push_back(bytes);
         worker.drain().unwrap();
         assert_eq!((sent_bytes(&mut worker), worker.io().peers.messages), (pieces, 10));
-        assert_eq!(worker.counters.dropped(Drop::SendFailed), 0);
+        assert_eq!(worker.common.counters.dropped(Drop::SendFailed), 0);
     }
 
     #[test]
@@ -454,7 +463,7 @@ mod tests {
         worker.io().packets.waiting.push_back(plain(&packet(3, 1, b"in time")));
         worker.drain().unwrap();
         assert_eq!(sent_bytes(&mut worker), [older(packet(3, 1, b"in time"))]);
-        assert_eq!(worker.counters.dropped(Drop::QueueFull), 1);
+        assert_eq!(worker.common.counters.dropped(Drop::QueueFull), 1);
     }
 
     #[test]
@@ -472,7 +481,7 @@ mod tests {
                 .push_back(plain(&packet(number, port, &payload)));
         }
         worker.drain().unwrap();
-        assert_eq!(worker.counters.dropped(Drop::QueueFull), 4);
+        assert_eq!(worker.common.counters.dropped(Drop::QueueFull), 4);
         assert_eq!(worker.io().peers.waits.get(), 4, "4 ms in all");
     }
 
@@ -483,8 +492,8 @@ mod tests {
         worker.io().peers.refuse_all = Some(libc::EINVAL);
         worker.io().packets.waiting.push_back(superpacket(100, &[7; 950]).0);
         worker.drain().unwrap();
-        assert_eq!(worker.counters.dropped(Drop::SendFailed), 10);
-        assert!(!worker.fallbacks.is_refusing(peer(2).addr));
+        assert_eq!(worker.common.counters.dropped(Drop::SendFailed), 10);
+        assert!(!worker.common.fallbacks.is_refusing(peer(2).addr));
     }
 
     #[test]
@@ -497,7 +506,7 @@ mod tests {
         worker.drain().unwrap();
         assert_eq!(sent_bytes(&mut worker), [older(packet(3, 1, b"x"))]);
         assert_eq!(
-            worker.counters.send_errors().find(|(_, count)| *count > 0),
+            worker.common.counters.send_errors().find(|(_, count)| *count > 0),
             Some(("EPERM", 1))
         );
     }
@@ -546,7 +555,7 @@ mod tests {
         assert_eq!(arrive(&mut worker), expected);
         worker.io().device.refuse_superpackets = None;
         assert_eq!(arrive(&mut worker), expected);
-        let counters = &worker.counters;
+        let counters = &worker.common.counters;
         assert_eq!(counters.received.packets.get(), 8);
         assert_eq!(counters.peer(peer(2).id).received.packets.get(), 8);
         assert_eq!(counters.dropped(Drop::DeliverFailed), 0);
@@ -576,7 +585,7 @@ mod tests {
         let written = &worker.io().device.written;
         assert_eq!(written.len(), 1);
         assert_eq!(VirtioNetHdr::parse(&written[0]).unwrap().gso, GsoKind::UdpL4);
-        let counters = &worker.counters;
+        let counters = &worker.common.counters;
         assert_eq!(
             (counters.messages_received.get(), counters.received.packets.get()),
             (1, 3)
@@ -623,7 +632,7 @@ mod tests {
         ]);
         worker.drain().unwrap();
         assert_eq!(sent_bytes(&mut worker), [older(packet(3, 1, b"x"))]);
-        let counters = &worker.counters;
+        let counters = &worker.common.counters;
         assert_eq!(
             (counters.dropped(Drop::Martian), counters.dropped(Drop::Broadcast)),
             (2, 1)
@@ -644,7 +653,7 @@ mod tests {
         worker.drain().unwrap();
         assert!(worker.io().device.written.is_empty());
         for reason in [Drop::UnknownPeer, Drop::Spoofed, Drop::Malformed] {
-            assert_eq!(worker.counters.dropped(reason), 1, "{reason:?}");
+            assert_eq!(worker.common.counters.dropped(reason), 1, "{reason:?}");
         }
     }
 
@@ -662,6 +671,6 @@ mod tests {
         assert_eq!(sent.len(), 1);
         let error = Ipv4Packet::new_checked(&sent[0].bytes).unwrap();
         assert_eq!((sent[0].to, error.src()), (peer(2).addr, Ipv4Addr::new(10, 5, 1, 1)));
-        assert_eq!(worker.counters.icmp_errors.get(), 1);
+        assert_eq!(worker.common.counters.icmp_errors.get(), 1);
     }
 }

@@ -1,17 +1,19 @@
 //! Which flow a packet belongs to, as a number: what keeps a flow's packets together where flows are spread.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::Ipv6Addr;
 
 use super::{IpPacket, array, ipv6, protocol};
 
 /// SCTP, RFC 9260: its ports lie where those of TCP and UDP do.
 const SCTP: u8 = 132;
 
+const NO_PORTS: [u16; 2] = [0; 2];
+
 /// 2^64 divided by the golden ratio: an odd number without a pattern (Knuth, The Art of Computer Programming, 6.4).
 const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// A hash of addresses, protocol and, where there are any, ports. The fragments of a packet share one, which ignores the
-/// ports: only the first has them.
+/// A hash of addresses, protocol and, where there are any, ports: the same for both directions. The fragments of a packet share
+/// one, which ignores the ports: only the first has them.
 ///
 /// The higher bits are the better ones; [`lane`] uses them.
 #[inline]
@@ -19,21 +21,22 @@ pub fn hash(packet: &IpPacket<'_>) -> u32 {
     match packet {
         IpPacket::V4(packet) => {
             let ports = if packet.is_fragment() {
-                0
+                NO_PORTS
             } else {
                 ports(packet.protocol(), packet.payload())
             };
-            mix(word_v4(packet.src(), packet.dst()), packet.protocol(), ports)
+            let words = [packet.src(), packet.dst()].map(|address| u32::from(address).into());
+            mix(words, packet.protocol(), ports)
         }
         IpPacket::V6(packet) => {
-            let addresses = word_v6(packet.src()).rotate_left(32) ^ word_v6(packet.dst());
+            let words = [packet.src(), packet.dst()].map(word_v6);
             match packet.upper_layer() {
                 Ok(upper) if upper.fragment.is_none() => {
                     let payload = &packet.payload()[upper.offset - ipv6::HEADER_LEN..];
-                    mix(addresses, upper.protocol, ports(upper.protocol, payload))
+                    mix(words, upper.protocol, ports(upper.protocol, payload))
                 }
-                Ok(upper) => mix(addresses, upper.protocol, 0),
-                Err(_) => mix(addresses, packet.next_header(), 0),
+                Ok(upper) => mix(words, upper.protocol, NO_PORTS),
+                Err(_) => mix(words, packet.next_header(), NO_PORTS),
             }
         }
     }
@@ -46,18 +49,14 @@ pub fn lane(hash: u32, lanes: u8) -> u8 {
     ((u64::from(hash) * u64::from(lanes)) >> 32) as u8
 }
 
+/// Source and destination port.
 #[inline]
-fn ports(protocol: u8, payload: &[u8]) -> u32 {
+fn ports(protocol: u8, payload: &[u8]) -> [u16; 2] {
     if payload.len() >= 4 && matches!(protocol, protocol::TCP | protocol::UDP | SCTP) {
-        u32::from_be_bytes(array(payload, 0))
+        [0, 2].map(|at| u16::from_be_bytes(array(payload, at)))
     } else {
-        0
+        NO_PORTS
     }
-}
-
-#[inline]
-fn word_v4(src: Ipv4Addr, dst: Ipv4Addr) -> u64 {
-    u64::from(u32::from(src)) << 32 | u64::from(u32::from(dst))
 }
 
 #[inline]
@@ -67,8 +66,15 @@ fn word_v6(address: Ipv6Addr) -> u64 {
 }
 
 #[inline]
-fn mix(addresses: u64, protocol: u8, ports: u32) -> u32 {
-    let mut state = addresses.wrapping_mul(SPREAD);
+fn mix([src, dst]: [u64; 2], protocol: u8, [from, to]: [u16; 2]) -> u32 {
+    // The two ends in the order of their numbers.
+    let (low, high) = if (src, from) <= (dst, to) {
+        ((src, from), (dst, to))
+    } else {
+        ((dst, to), (src, from))
+    };
+    let ports = u32::from(low.1) << 16 | u32::from(high.1);
+    let mut state = (low.0.rotate_left(32) ^ high.0).wrapping_mul(SPREAD);
     state = (state ^ state >> 32 ^ u64::from(ports) << 8 ^ u64::from(protocol)).wrapping_mul(SPREAD);
     ((state ^ state >> 29).wrapping_mul(SPREAD) >> 32) as u32
 }
@@ -101,6 +107,18 @@ mod tests {
             of(&ip.ttl(3).ident(9).udp(1, 2, b"x")),
             of(&ip.ttl(4).udp(1, 2, &[0; 900]))
         );
+    }
+
+    #[test]
+    fn both_directions_share_a_hash_and_other_ends_have_another() {
+        let [here, there] = [[10, 5, 1, 2].into(), [10, 5, 2, 2].into()];
+        let v4 = |src, dst, from, to| of(&build::Ipv4::new(src, dst).udp(from, to, b"x"));
+        assert_eq!(v4(here, there, 700, 53), v4(there, here, 53, 700));
+        assert_ne!(v4(here, there, 700, 53), v4(here, there, 53, 700));
+        let [here, there] = ["fd00:1::2", "fd00:2::2"].map(|address| address.parse().unwrap());
+        let v6 = |src, dst, from, to| of(&build::Ipv6::new(src, dst).udp(from, to, b"x"));
+        assert_eq!(v6(here, there, 700, 53), v6(there, here, 53, 700));
+        assert_ne!(v6(here, there, 700, 53), v6(here, there, 53, 700));
     }
 
     #[test]

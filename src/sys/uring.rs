@@ -48,8 +48,12 @@ pub use write::{MOST_WRITES, WriteBatch, Writer};
 const PACKETS: u64 = 0;
 const DATAGRAMS: u64 = 1;
 const BELL: u64 = 2;
+const MORE_PACKETS: u64 = 3;
 
-/// Requests under way in a receiving ring: the three above.
+/// Those of the packets, each for a queue.
+const FROM_QUEUES: [u64; source::MOST_REQUESTS] = [PACKETS, MORE_PACKETS];
+
+/// Requests under way in a receiving ring: those above.
 const REQUESTS: u32 = 4;
 
 /// Completions between two looks: one for each buffer of two sources, and the end of each request. With fewer the kernel would
@@ -76,9 +80,9 @@ pub struct Targets {
     pub datagrams: usize,
 }
 
-/// Receives packets from a `Q` and datagrams from an `S`. Stays in the thread that has made it.
+/// Receives packets from one `Q` or two, and datagrams from an `S`. Stays in the thread that has made it.
 ///
-/// Both are kept open as long as the ring.
+/// All are kept open as long as the ring.
 pub struct Ring<Q: AsRawFd, S: AsRawFd> {
     uring: IoUring,
     /// Behind `uring`, so that its memory goes after it.
@@ -86,7 +90,7 @@ pub struct Ring<Q: AsRawFd, S: AsRawFd> {
     datagrams: Datagrams,
     /// Which memory the kernel knows, see [`Self::is_whole`].
     memory: [usize; 2],
-    queue: Q,
+    queues: Vec<Q>,
     socket: S,
     bell: Arc<File>,
     bell_armed: bool,
@@ -95,11 +99,11 @@ pub struct Ring<Q: AsRawFd, S: AsRawFd> {
 }
 
 impl<Q: AsRawFd, S: AsRawFd> Ring<Q, S> {
-    /// For a TUN queue, whose packets begin with `header` bytes that are no part of them, and a UDP socket.
+    /// For one or two TUN queues, whose packets begin with `header` bytes that are no part of them, and a UDP socket.
     ///
     /// # Errors
     /// What the kernel says when it refuses; [`probe`] finds words for it.
-    pub fn new(queue: Q, header: usize, socket: S, targets: Targets) -> io::Result<Self> {
+    pub fn new(queues: Vec<Q>, header: usize, socket: S, targets: Targets) -> io::Result<Self> {
         let uring = set_up(REQUESTS, COMPLETIONS)?;
         let packets = Packets::new(header, targets.packets)?;
         let datagrams = Datagrams::new(targets.datagrams)?;
@@ -110,7 +114,7 @@ impl<Q: AsRawFd, S: AsRawFd> Ring<Q, S> {
             packets,
             datagrams,
             memory,
-            queue,
+            queues,
             socket,
             bell: Arc::new(event_file()?),
             bell_armed: false,
@@ -225,15 +229,17 @@ impl<Q: AsRawFd, S: AsRawFd> Ring<Q, S> {
 
     /// Queues the requests that are not under way. A source without a buffer in the kernel's hands has to be emptied first.
     fn arm(&mut self) {
-        if self.packets.source.wants_arming() {
-            // A length of 0: that of the buffer. A position of 0 is what sockets insist on and devices ignore.
-            let read = opcode::ReadMulti::new(Fd(self.queue.as_raw_fd()), 0, PACKETS as u16).build();
-            self.packets.source.armed = self.push(read.user_data(PACKETS));
+        for (index, name) in FROM_QUEUES.into_iter().enumerate().take(self.queues.len()) {
+            if self.packets.source.wants_arming(index) {
+                // A length of 0: that of the buffer. A position of 0 is what sockets insist on and devices ignore.
+                let read = opcode::ReadMulti::new(Fd(self.queues[index].as_raw_fd()), 0, PACKETS as u16).build();
+                self.packets.source.armed[index] = self.push(read.user_data(name));
+            }
         }
-        if self.datagrams.source.wants_arming() {
+        if self.datagrams.source.wants_arming(0) {
             let message = self.datagrams.message_header();
             let recv = opcode::RecvMsgMulti::new(Fd(self.socket.as_raw_fd()), message, DATAGRAMS as u16).build();
-            self.datagrams.source.armed = self.push(recv.user_data(DATAGRAMS));
+            self.datagrams.source.armed[0] = self.push(recv.user_data(DATAGRAMS));
         }
         if !self.bell_armed {
             let poll = opcode::PollAdd::new(Fd(self.bell.as_raw_fd()), libc::POLLIN as u32).multi(true);
@@ -253,16 +259,17 @@ impl<Q: AsRawFd, S: AsRawFd> Ring<Q, S> {
     fn reap(&mut self) -> bool {
         let mut rung = false;
         for completion in self.uring.completion() {
-            let source = match completion.user_data() {
-                PACKETS => &mut self.packets.source,
-                DATAGRAMS => &mut self.datagrams.source,
+            let (source, request) = match completion.user_data() {
+                PACKETS => (&mut self.packets.source, 0),
+                MORE_PACKETS => (&mut self.packets.source, 1),
+                DATAGRAMS => (&mut self.datagrams.source, 0),
                 _ => {
                     rung = true;
                     self.bell_armed = cqueue::more(completion.flags());
                     continue;
                 }
             };
-            source.complete(completion.result(), completion.flags());
+            source.complete(request, completion.result(), completion.flags());
         }
         for source in [&mut self.packets.source, &mut self.datagrams.source] {
             source.adapt();
@@ -271,7 +278,7 @@ impl<Q: AsRawFd, S: AsRawFd> Ring<Q, S> {
     }
 
     fn is_armed(&self) -> bool {
-        self.packets.source.armed || self.datagrams.source.armed || self.bell_armed
+        self.packets.source.is_armed() || self.datagrams.source.is_armed() || self.bell_armed
     }
 
     /// Whether no source was exchanged for one of another ring: this ring would write to memory that is borrowed from there.

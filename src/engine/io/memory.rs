@@ -15,6 +15,7 @@ use crate::{
 };
 
 use super::{DatagramSink, DatagramSource, InParts, Io, LocalSink, Packet, PacketSink, PacketSource, Parts, Ready};
+use crate::engine::flows::Class;
 
 /// A worker's surroundings.
 #[derive(Debug, Default)]
@@ -66,6 +67,8 @@ pub struct Packets {
     pub waiting: VecDeque<Vec<u8>>,
     /// Whether the device has virtio headers.
     pub headers: bool,
+    /// The class whose queue they come by.
+    pub from: Class,
     arena: Vec<u8>,
     last: usize,
 }
@@ -89,6 +92,7 @@ impl PacketSource for Packets {
         Ok(Packet {
             header,
             bytes: self.last..self.arena.len(),
+            from: self.from,
         })
     }
 
@@ -227,6 +231,8 @@ impl DatagramSource for Datagrams {
 pub struct Device {
     /// Each as it was written: with its virtio header if `headers`.
     pub written: Vec<Vec<u8>>,
+    /// The class of each one's flow.
+    pub classes: Vec<Class>,
     /// Whether the device has virtio headers.
     pub headers: bool,
     /// The error that superpackets are refused with.
@@ -244,7 +250,7 @@ impl PacketSink for Device {
         mut outcome: impl FnMut(P, io::Result<()>),
     ) {
         for packet in packets {
-            let parts: Vec<&[u8]> = packet.parts().collect();
+            let (parts, class): (Vec<&[u8]>, Class) = (packet.parts().collect(), packet.class());
             let refused = self.refuse_superpackets.filter(|_| self.headers && parts.len() > 2);
             outcome(
                 packet,
@@ -252,6 +258,7 @@ impl PacketSink for Device {
                     Some(errno) => Err(io::Error::from_raw_os_error(errno)),
                     None => {
                         self.written.push(parts.concat());
+                        self.classes.push(class);
                         Ok(())
                     }
                 },

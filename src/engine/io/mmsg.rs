@@ -19,17 +19,23 @@ use crate::{
     sys::{
         poll::wait_readable,
         raw::RawSender,
-        tun::TunQueue,
         udp::{self, Message, Received, RecvBatch, SendBatch},
     },
 };
 
 use super::{
-    Bell, DatagramSink, DatagramSource, Gather, InParts, Io, LocalSink, Packet, PacketSink, PacketSource, Parts, Ready,
+    Bell, DatagramSink, DatagramSource, Gather, InParts, Io, LocalSink, Packet, PacketSink, PacketSource, Parts,
+    Queues, Ready,
 };
-use crate::engine::egress::FLUSH_BYTES;
+use crate::engine::{
+    egress::{FLUSH_BYTES, FLUSH_PACKETS},
+    flows::Class,
+};
 
 const BELL: Token = Token(0);
+
+/// Packets of sparse flows that a batch begins with at most, of the [`FLUSH_PACKETS`] that it may have.
+const PREFERRED: usize = FLUSH_PACKETS * 2 / 3;
 
 /// The longest that one read brings: a virtio header and the longest IP packet.
 const MAX_READ: usize = VirtioNetHdr::LEN + 65_535;
@@ -55,12 +61,12 @@ pub struct Mmsg {
 }
 
 impl Mmsg {
-    /// For a queue and its sockets: the tunnel's own, which receives, and behind it those that packets leave from by the
+    /// For a worker's queues and sockets: the tunnel's own, which receives, and behind it those that packets leave from by the
     /// number of their source port from 1 on. The bell with it.
     ///
     /// # Errors
     /// When the system gives no poller or no raw socket; `InvalidInput` without a socket.
-    pub fn new(queue: Arc<TunQueue>, sockets: Arc<[UdpSocket]>) -> io::Result<(Self, Bell)> {
+    pub fn new(queues: Queues, sockets: Arc<[UdpSocket]>) -> io::Result<(Self, Bell)> {
         if sockets.is_empty() {
             return Err(io::ErrorKind::InvalidInput.into());
         }
@@ -69,13 +75,13 @@ impl Mmsg {
         let mmsg = Self {
             bell,
             rung: Events::with_capacity(1),
-            packets: Packets::new(Arc::clone(&queue)),
+            packets: Packets::new(queues.clone()),
             peers: Peers::new(Arc::clone(&sockets)),
             datagrams: Datagrams {
                 sockets,
                 batch: RecvBatch::new(),
             },
-            device: Device::new(queue),
+            device: Device::new(queues),
             local: RawSender::new()?,
         };
         Ok((mmsg, Box::new(move || waker.wake())))
@@ -90,17 +96,23 @@ impl Io for Mmsg {
     type Local = RawSender;
 
     fn wait(&mut self, limit: Option<Duration>) -> io::Result<Ready> {
+        // Twice the same, if there is only one.
+        let [bulk, sparse] = [Class::Bulk, Class::Sparse].map(|class| self.packets.queues.index(class));
+        let queues = self.packets.queues.all();
         let files = [
-            self.packets.queue.as_raw_fd(),
+            queues[bulk].as_raw_fd(),
+            queues[sparse].as_raw_fd(),
             self.datagrams.sockets[0].as_raw_fd(),
             self.bell.as_raw_fd(),
         ];
-        let [packets, datagrams, bell] = wait_readable(files, limit)?;
+        let [in_bulk, in_sparse, datagrams, bell] = wait_readable(files, limit)?;
+        self.packets.waiting[bulk] |= in_bulk;
+        self.packets.waiting[sparse] |= in_sparse;
         if bell {
             self.bell.poll(&mut self.rung, Some(Duration::ZERO))?;
         }
         Ok(Ready {
-            packets,
+            packets: in_bulk || in_sparse,
             datagrams,
             bell,
         })
@@ -117,9 +129,14 @@ impl Io for Mmsg {
     }
 }
 
-/// Packets one behind another in one buffer, so that equal ones are one slice of a segmented message.
+/// Packets one behind another in one buffer, so that equal ones are one slice of a segmented message. Those of sparse flows come
+/// first, but not for ever.
 pub struct Packets {
-    queue: Arc<TunQueue>,
+    queues: Queues,
+    /// Which of the queues may have packets, as far as is known.
+    waiting: [bool; 2],
+    /// How many of this batch's packets are still of sparse flows before all others.
+    preferred: usize,
     buffer: Box<[u8]>,
     /// Where the last packet begins, and where the next one will.
     last: usize,
@@ -127,48 +144,79 @@ pub struct Packets {
 }
 
 impl Packets {
-    fn new(queue: Arc<TunQueue>) -> Self {
+    fn new(queues: Queues) -> Self {
         Self {
-            queue,
+            queues,
+            waiting: [true; 2],
+            preferred: PREFERRED,
             buffer: vec![0; BUFFER_BYTES].into_boxed_slice(),
             last: FIRST,
             next: FIRST,
         }
+    }
+
+    /// A virtio header comes in front of its packet, where the last packet ends. That one's bytes are put back, so that
+    /// packets lie without a gap.
+    #[inline]
+    fn read(&mut self, from: Class) -> io::Result<Packet> {
+        let queue = &self.queues.all()[self.queues.index(from)];
+        let at = self.next;
+        let (header, length) = if queue.has_headers() {
+            let space = &mut self.buffer[at - VirtioNetHdr::LEN..][..MAX_READ];
+            let mut saved = [0; VirtioNetHdr::LEN];
+            saved.copy_from_slice(&space[..VirtioNetHdr::LEN]);
+            let read = queue.recv(space);
+            let header = VirtioNetHdr::parse(space);
+            space[..VirtioNetHdr::LEN].copy_from_slice(&saved);
+            (header, read?.saturating_sub(VirtioNetHdr::LEN))
+        } else {
+            let space = &mut self.buffer[at..][..MAX_READ - VirtioNetHdr::LEN];
+            (Ok(VirtioNetHdr::default()), queue.recv(space)?)
+        };
+        (self.last, self.next) = (at, at + length);
+        Ok(Packet {
+            header,
+            bytes: at..self.next,
+            from,
+        })
     }
 }
 
 impl PacketSource for Packets {
     fn start(&mut self) {
         (self.last, self.next) = (FIRST, FIRST);
+        self.preferred = PREFERRED;
     }
 
-    /// A virtio header comes in front of its packet, where the last packet ends. That one's bytes are put back, so that
-    /// packets lie without a gap.
     #[inline]
     fn next(&mut self) -> io::Result<Packet> {
-        let at = self.next;
-        let (header, length) = if self.queue.has_headers() {
-            let space = &mut self.buffer[at - VirtioNetHdr::LEN..][..MAX_READ];
-            let mut saved = [0; VirtioNetHdr::LEN];
-            saved.copy_from_slice(&space[..VirtioNetHdr::LEN]);
-            let read = self.queue.recv(space);
-            let header = VirtioNetHdr::parse(space);
-            space[..VirtioNetHdr::LEN].copy_from_slice(&saved);
-            (header, read?.saturating_sub(VirtioNetHdr::LEN))
+        let order = if self.preferred > 0 {
+            [Class::Sparse, Class::Bulk]
         } else {
-            let space = &mut self.buffer[at..][..MAX_READ - VirtioNetHdr::LEN];
-            (Ok(VirtioNetHdr::default()), self.queue.recv(space)?)
+            [Class::Bulk, Class::Sparse]
         };
-        (self.last, self.next) = (at, at + length);
-        Ok(Packet {
-            header,
-            bytes: at..self.next,
-        })
+        for class in order {
+            let index = self.queues.index(class);
+            if self.waiting[index] {
+                match self.read(class) {
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.waiting[index] = false,
+                    read => {
+                        self.preferred = self.preferred.saturating_sub(usize::from(class == Class::Sparse));
+                        return read;
+                    }
+                }
+            }
+        }
+        Err(io::ErrorKind::WouldBlock.into())
     }
 
     #[inline]
     fn forget(&mut self) {
         self.next = self.last;
+    }
+
+    fn is_behind(&self) -> bool {
+        self.waiting[self.queues.index(Class::Sparse)]
     }
 
     fn arena(&mut self) -> &mut [u8] {
@@ -232,28 +280,30 @@ impl DatagramSource for Datagrams {
 }
 
 /// Packets to the device, one call each.
-pub struct Device(Arc<TunQueue>);
+pub struct Device(Queues);
 
 impl Device {
-    pub(super) fn new(queue: Arc<TunQueue>) -> Self {
-        Self(queue)
+    pub(super) fn new(queues: Queues) -> Self {
+        Self(queues)
     }
 
     #[inline]
-    pub(super) fn write_one<'bytes>(&self, mut parts: impl Iterator<Item = &'bytes [u8]> + Clone) -> io::Result<()> {
+    pub(super) fn write_one<'bytes>(&self, packet: &impl InParts<'bytes>) -> io::Result<()> {
+        let queue = &self.0.all()[self.0.index(packet.class())];
+        let mut parts = packet.parts();
         let all = parts.clone();
         // A packet as it stands is by far the most frequent, and the long list of parts takes its time.
         let few = Gather::<2>::of(&mut parts);
         match parts.next() {
-            None => self.0.send_parts(few.parts()),
-            Some(_) => self.0.send_parts(Gather::<WRITE_PARTS>::of(all).parts()),
+            None => queue.send_parts(few.parts()),
+            Some(_) => queue.send_parts(Gather::<WRITE_PARTS>::of(all).parts()),
         }
     }
 }
 
 impl PacketSink for Device {
     fn has_headers(&self) -> bool {
-        self.0.has_headers()
+        self.0.all()[0].has_headers()
     }
 
     fn write<'bytes, P: InParts<'bytes>>(
@@ -262,7 +312,7 @@ impl PacketSink for Device {
         mut outcome: impl FnMut(P, io::Result<()>),
     ) {
         for packet in packets {
-            let result = self.write_one(packet.parts());
+            let result = self.write_one(&packet);
             outcome(packet, result);
         }
     }
@@ -271,5 +321,70 @@ impl PacketSink for Device {
 impl LocalSink for RawSender {
     fn send(&mut self, packet: &[u8], to: IpAddr) -> io::Result<()> {
         RawSender::send(self, packet, to)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, io::Write};
+
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+    use super::*;
+    use crate::sys::tun::TunQueue;
+
+    /// A queue and its far end.
+    fn queue() -> (Arc<TunQueue>, File) {
+        // Of these as many wait as there is memory for.
+        let kind = SockType::SeqPacket;
+        let (near, far) = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_NONBLOCK).unwrap();
+        (Arc::new(File::from(near).into()), far.into())
+    }
+
+    /// What a batch of at most `most` packets holds.
+    fn batch(packets: &mut Packets, most: usize) -> String {
+        packets.start();
+        let mut names = String::new();
+        for _ in 0..most {
+            match packets.next() {
+                Ok(packet) => names.push(char::from(packets.arena()[packet.bytes][0])),
+                Err(error) => {
+                    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+                    break;
+                }
+            }
+        }
+        names
+    }
+
+    #[test]
+    fn a_batch_begins_with_packets_of_sparse_flows_and_is_not_theirs_alone() {
+        let ((bulk, from_bulk), (sparse, from_sparse)) = (queue(), queue());
+        let mut packets = Packets::new(Queues::new(bulk, Some(sparse)));
+        let send = |bulk, sparse| {
+            (0..bulk).for_each(|_| assert_eq!((&from_bulk).write(b"b").unwrap(), 1));
+            (0..sparse).for_each(|_| assert_eq!((&from_sparse).write(b"s").unwrap(), 1));
+        };
+        send(3, 2);
+        assert_eq!(batch(&mut packets, 99), "ssbbb");
+        // It is told anew when there are more.
+        send(0, 1);
+        assert_eq!(batch(&mut packets, 99), "");
+        packets.waiting = [true; 2];
+        assert_eq!(batch(&mut packets, 99), "s");
+        packets.waiting = [true; 2];
+        let flood = PREFERRED + 5;
+        send(4, flood);
+        let preferred = "s".repeat(PREFERRED);
+        assert_eq!(batch(&mut packets, PREFERRED + 3), format!("{preferred}bbb"));
+        assert_eq!(batch(&mut packets, 99), "sssssb");
+    }
+
+    #[test]
+    fn a_device_with_one_queue_has_it_for_all_flows() {
+        let (only, far) = queue();
+        let mut packets = Packets::new(Queues::new(only, None));
+        (0..2 * PREFERRED).for_each(|_| assert_eq!((&far).write(b"x").unwrap(), 1));
+        assert_eq!(batch(&mut packets, 999).len(), 2 * PREFERRED);
     }
 }

@@ -18,12 +18,17 @@ use std::{
     io::{self, IoSlice},
     net::{IpAddr, SocketAddr},
     ops::Range,
+    sync::Arc,
     time::Duration,
 };
 
+use super::flows::Class;
 use crate::{
     offload::{Malformed, VirtioNetHdr},
-    sys::udp::{Message, Received},
+    sys::{
+        tun::TunQueue,
+        udp::{Message, Received},
+    },
 };
 
 /// The ways to choose from.
@@ -45,7 +50,7 @@ impl fmt::Display for Way {
     }
 }
 
-/// One worker's way to the kernel: a TUN queue, UDP sockets, and a bell that others ring.
+/// One worker's way to the kernel: TUN queues, UDP sockets, and a bell that others ring.
 pub trait Io {
     /// Packets from the device.
     type Packets: PacketSource;
@@ -87,6 +92,32 @@ pub trait Io {
 /// Wakes a worker that waits, from any thread.
 pub type Bell = Box<dyn Fn() -> io::Result<()> + Send + Sync>;
 
+/// A worker's queues of the device, one or two.
+#[derive(Debug, Clone)]
+pub struct Queues(Vec<Arc<TunQueue>>);
+
+impl Queues {
+    /// One queue, and one for sparse flows alone if the device has so many.
+    pub fn new(queue: Arc<TunQueue>, sparse: Option<Arc<TunQueue>>) -> Self {
+        Self([Some(queue), sparse].into_iter().flatten().collect())
+    }
+
+    /// Where among [`all`](Self::all) the flows of a class have their place.
+    #[inline]
+    pub fn index(&self, class: Class) -> usize {
+        match class {
+            Class::Bulk => 0,
+            Class::Sparse => self.0.len() - 1,
+        }
+    }
+
+    /// All of them.
+    #[inline]
+    pub fn all(&self) -> &[Arc<TunQueue>] {
+        &self.0
+    }
+}
+
 /// What has become ready.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Ready {
@@ -120,6 +151,8 @@ pub struct Packet {
     pub header: Result<VirtioNetHdr, Malformed>,
     /// Where it is in the arena.
     pub bytes: Range<usize>,
+    /// The class whose queue it came by, either if there is only one.
+    pub from: Class,
 }
 
 /// Packets from the device, in batches.
@@ -135,6 +168,11 @@ pub trait PacketSource {
 
     /// The last packet is spent already: its space may be used again.
     fn forget(&mut self);
+
+    /// Whether more packets of sparse flows are waiting, as far as is known, than a batch takes before others.
+    fn is_behind(&self) -> bool {
+        false
+    }
 
     /// What the batch's packets lie in.
     fn arena(&mut self) -> &mut [u8];
@@ -179,10 +217,13 @@ pub trait DatagramSource {
     fn arena(&mut self) -> &mut [u8];
 }
 
-/// Bytes in parts, one behind another.
+/// A packet in parts, one behind another.
 pub trait InParts<'bytes> {
     /// The parts, at most 1,024.
     fn parts(&self) -> impl Iterator<Item = &'bytes [u8]> + Clone;
+
+    /// The class of its flow.
+    fn class(&self) -> Class;
 }
 
 /// Packets to the device.
@@ -191,7 +232,7 @@ pub trait PacketSink {
     fn has_headers(&self) -> bool;
 
     /// Hands packets over in order and gives each back to `outcome` with how that went. Each begins with the virtio header
-    /// where there must be one.
+    /// where there must be one, and goes by the queue for its class.
     ///
     /// The errors are those of [`TunQueue::send`](crate::sys::tun::TunQueue::send).
     fn write<'bytes, P: InParts<'bytes>>(

@@ -14,10 +14,10 @@ use crate::{
 };
 
 use super::{
-    Bell, DatagramSource, InParts, Io, Packet, PacketSink, PacketSource, Parts, Ready,
+    Bell, DatagramSource, InParts, Io, Packet, PacketSink, PacketSource, Parts, Queues, Ready,
     mmsg::{self, Peers},
 };
-use crate::engine::{egress::FLUSH_BYTES, ingress::BATCH_BYTES};
+use crate::engine::{egress::FLUSH_BYTES, flows::Class, ingress::BATCH_BYTES};
 
 /// See the module. Stays in the thread that has made it.
 pub struct Uring {
@@ -32,21 +32,26 @@ impl Uring {
     ///
     /// # Errors
     /// When the system gives no ring or no raw socket; `InvalidInput` without a socket.
-    pub fn new(queue: Arc<TunQueue>, sockets: Arc<[UdpSocket]>) -> io::Result<(Self, Bell)> {
+    pub fn new(queues: Queues, sockets: Arc<[UdpSocket]>) -> io::Result<(Self, Bell)> {
         let tunnel = sockets.first().ok_or(io::ErrorKind::InvalidInput)?.try_clone()?;
-        let header = if queue.has_headers() { VirtioNetHdr::LEN } else { 0 };
+        let header = if queues.all()[0].has_headers() {
+            VirtioNetHdr::LEN
+        } else {
+            0
+        };
         let targets = Targets {
             packets: FLUSH_BYTES,
             datagrams: BATCH_BYTES,
         };
-        let ring = Ring::new(Arc::clone(&queue), header, tunnel, targets)?;
+        let ring = Ring::new(queues.all().to_vec(), header, tunnel, targets)?;
         let bell = ring.bell();
         let uring = Self {
             ring,
             peers: Peers::new(sockets),
             device: Device {
-                writer: uring::Writer::new(Arc::clone(&queue))?,
-                singly: mmsg::Device::new(queue),
+                writer: uring::Writer::new(queues.all().to_vec())?,
+                singly: mmsg::Device::new(queues.clone()),
+                queues,
             },
             local: RawSender::new()?,
         };
@@ -95,21 +100,30 @@ impl PacketSource for uring::Packets {
 
     #[inline]
     fn next(&mut self) -> io::Result<Packet> {
-        let read = self.recv()?;
+        let (read, queue) = self.recv()?;
+        // The queue for all, which is the first one, or that for sparse flows.
+        let from = if queue == 0 { Class::Bulk } else { Class::Sparse };
         if self.header_len() == 0 {
             return Ok(Packet {
                 header: Ok(VirtioNetHdr::default()),
                 bytes: read,
+                from,
             });
         }
         let header = VirtioNetHdr::parse(&self.arena()[read.clone()]);
         Ok(Packet {
             header,
             bytes: (read.start + VirtioNetHdr::LEN).min(read.end)..read.end,
+            from,
         })
     }
 
     fn forget(&mut self) {}
+
+    /// Always: packets of two queues come in no certain order.
+    fn is_behind(&self) -> bool {
+        true
+    }
 
     fn arena(&mut self) -> &mut [u8] {
         uring::Packets::arena(self)
@@ -136,6 +150,7 @@ pub struct Device {
     writer: uring::Writer<Arc<TunQueue>>,
     /// For a packet that comes alone, as merged ones mostly do: the ring's bookkeeping saves it nothing.
     singly: mmsg::Device,
+    queues: Queues,
 }
 
 impl PacketSink for Device {
@@ -151,14 +166,14 @@ impl PacketSink for Device {
         let mut packets = packets.peekable();
         while let Some(first) = packets.next() {
             if packets.peek().is_none() {
-                let result = self.singly.write_one(first.parts());
+                let result = self.singly.write_one(&first);
                 return outcome(first, result);
             }
             let mut written = [const { None }; MOST_WRITES];
             let mut batch = self.writer.batch();
             let all = std::iter::once(first).chain(packets.by_ref());
             for (slot, packet) in written.iter_mut().zip(all) {
-                batch.add(packet.parts());
+                batch.add(self.queues.index(packet.class()), packet.parts());
                 *slot = Some(packet);
             }
             for (packet, result) in written.into_iter().flatten().zip(batch.write()) {

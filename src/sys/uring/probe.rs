@@ -83,10 +83,10 @@ fn round_trip() -> io::Result<bool> {
         packets: 1,
         datagrams: 1,
     };
-    let mut ring = Ring::new(device, 0, socket, targets)?;
-    let mut writer = Writer::new(far_device)?;
+    let mut ring = Ring::new(vec![device], 0, socket, targets)?;
+    let mut writer = Writer::new(vec![far_device])?;
     let mut batch = writer.batch();
-    batch.add(std::iter::once(&b"packet"[..]));
+    batch.add(0, std::iter::once(&b"packet"[..]));
     batch.write().collect::<io::Result<()>>()?;
     far_socket.send(b"datagram")?;
     let (mut packet, mut datagram) = (None, None);
@@ -94,7 +94,7 @@ fn round_trip() -> io::Result<bool> {
     while (packet.is_none() || datagram.is_none()) && begun.elapsed() < PATIENCE {
         ring.wait(Some(PATIENCE))?;
         let (packets, datagrams) = ring.sources();
-        if let Ok(range) = packets.recv() {
+        if let Ok((range, _)) = packets.recv() {
             packet = Some(packets.arena()[range] == *b"packet");
         }
         if datagrams.recv(1).is_ok() {

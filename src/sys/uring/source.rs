@@ -1,4 +1,4 @@
-//! What a multishot request has brought: one request, a completion for each packet, until the kernel ends it.
+//! What multishot requests have brought: one request for each file, a completion for each packet, until the kernel ends it.
 
 use std::{
     collections::VecDeque,
@@ -16,6 +16,9 @@ use crate::sys::udp::Received;
 /// The fewest buffers to offer: with fewer even the longest packets would come one by one.
 const LEAST: usize = 4;
 
+/// How many requests may fill one source: one for each file.
+pub(super) const MOST_REQUESTS: usize = 2;
+
 /// What comes with a datagram (io_uring_prep_recvmsg_multishot(3)): a header of 16 bytes, then the sender's address in as
 /// many bytes as the longest takes, then control messages, here one that holds a `c_int`.
 const OUT: usize = 16;
@@ -25,8 +28,8 @@ const DATAGRAM_OVERHEAD: usize = OUT + NAME + CONTROL;
 
 pub(super) struct Source {
     pub(super) pool: Pool,
-    /// Whether the request is under way.
-    pub(super) armed: bool,
+    /// Which of its requests are under way.
+    pub(super) armed: [bool; MOST_REQUESTS],
     /// What has come and was not taken, in order: where it is, or the error that has ended a request.
     backlog: VecDeque<io::Result<Filled>>,
     /// Buffers of what was taken, until it is spent.
@@ -43,13 +46,14 @@ pub(super) struct Source {
 struct Filled {
     slot: u16,
     bytes: Range<usize>,
+    request: usize,
 }
 
 impl Source {
     fn new(overhead: usize, target: usize) -> io::Result<Self> {
         Ok(Self {
             pool: Pool::new(overhead)?,
-            armed: false,
+            armed: [false; MOST_REQUESTS],
             backlog: VecDeque::with_capacity(SLOTS + 1),
             taken: Vec::with_capacity(SLOTS),
             target,
@@ -71,20 +75,24 @@ impl Source {
         self.pool.offer(self.window.saturating_sub(self.backlog.len()));
     }
 
-    /// Whether the request is to be made (again): not without a buffer, for lack of which it would end at once.
-    pub(super) fn wants_arming(&self) -> bool {
-        !self.armed && self.pool.offered() > 0
+    pub(super) fn is_armed(&self) -> bool {
+        self.armed.contains(&true)
     }
 
-    /// Takes in a completion.
-    pub(super) fn complete(&mut self, result: i32, flags: u32) {
-        self.armed = cqueue::more(flags);
+    /// Whether a request is to be made (again): not without a buffer, for lack of which it would end at once.
+    pub(super) fn wants_arming(&self, request: usize) -> bool {
+        !self.armed[request] && self.pool.offered() > 0
+    }
+
+    /// Takes in a completion of a request.
+    pub(super) fn complete(&mut self, request: usize, result: i32, flags: u32) {
+        self.armed[request] = cqueue::more(flags);
         match (cqueue::buffer_select(flags), usize::try_from(result)) {
             (Some(slot), Ok(length)) => {
                 let bytes = self.pool.filled(slot, length);
                 self.bytes += bytes.len();
                 self.count += 1;
-                self.backlog.push_back(Ok(Filled { slot, bytes }));
+                self.backlog.push_back(Ok(Filled { slot, bytes, request }));
             }
             // Not from packets or datagrams: a stream's end.
             (None, Ok(_)) => self.backlog.push_back(Err(io::ErrorKind::UnexpectedEof.into())),
@@ -113,15 +121,15 @@ impl Source {
     }
 
     #[inline]
-    fn take(&mut self) -> Option<io::Result<Range<usize>>> {
+    fn take(&mut self) -> Option<io::Result<(Range<usize>, usize)>> {
         Some(self.backlog.pop_front()?.map(|filled| {
             self.taken.push(filled.slot);
-            filled.bytes
+            (filled.bytes, filled.request)
         }))
     }
 }
 
-/// Packets that have come from a TUN queue.
+/// Packets that have come from TUN queues.
 pub struct Packets {
     pub(super) source: Source,
     header_len: usize,
@@ -140,12 +148,12 @@ impl Packets {
         self.header_len
     }
 
-    /// Where the next one is in the arena, with what comes in front of it.
+    /// Where the next one is in the arena, with what comes in front of it, and from which queue it is.
     ///
     /// # Errors
     /// `WouldBlock`: no more have come. Others as `read(2)`; `EBADFD`: the device is gone.
     #[inline]
-    pub fn recv(&mut self) -> io::Result<Range<usize>> {
+    pub fn recv(&mut self) -> io::Result<(Range<usize>, usize)> {
         self.source.take().unwrap_or(Err(io::ErrorKind::WouldBlock.into()))
     }
 
@@ -191,7 +199,7 @@ impl Datagrams {
             && (self.batch.is_empty() || matches!(self.source.backlog.front(), Some(Ok(_))))
             && let Some(arrival) = self.source.take()
         {
-            let message = self.parse(arrival?);
+            let message = self.parse(arrival?.0);
             self.batch.push(message);
         }
         if self.batch.is_empty() {

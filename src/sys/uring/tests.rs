@@ -37,7 +37,7 @@ fn surroundings_at(address: &str, header: usize) -> Surroundings {
     udp::enable_gro(&socket_of_ring).unwrap();
     Surroundings {
         address: socket_of_ring.local_addr().unwrap(),
-        ring: Ring::new(queue, header, socket_of_ring, TARGETS).unwrap(),
+        ring: Ring::new(vec![queue], header, socket_of_ring, TARGETS).unwrap(),
         device,
         peer: socket(address),
     }
@@ -82,7 +82,7 @@ impl Surroundings {
         while taken.len() < count {
             self.ring.wait(PATIENCE).unwrap();
             let packets = self.ring.sources().0;
-            while let Ok(packet) = packets.recv() {
+            while let Ok((packet, _)) = packets.recv() {
                 taken.push(packets.arena()[packet].to_vec());
             }
         }
@@ -203,7 +203,7 @@ fn packets_begin_a_cache_line_behind_what_is_in_front() {
         around.device.send(&[1; 100]).unwrap();
         around.ring.wait(PATIENCE).unwrap();
         let packets = around.ring.sources().0;
-        let packet = packets.recv().unwrap();
+        let (packet, _) = packets.recv().unwrap();
         assert_eq!(packets.arena()[packet.start + header..].as_ptr() as usize % 64, 0);
     }
 }
@@ -271,14 +271,51 @@ fn the_end_of_a_queue_is_told_once_what_came_before_is_taken() {
         return;
     }
     let (queue, device) = UnixStream::pair().unwrap();
-    let mut ring = Ring::new(queue, 0, socket("127.0.0.1:0"), TARGETS).unwrap();
+    let mut ring = Ring::new(vec![queue], 0, socket("127.0.0.1:0"), TARGETS).unwrap();
     (&device).write_all(b"the last").unwrap();
     drop(device);
     ring.wait(PATIENCE).unwrap();
     let packets = ring.sources().0;
-    let last = packets.recv().unwrap();
+    let (last, _) = packets.recv().unwrap();
     assert_eq!(packets.arena()[last], *b"the last");
     assert_eq!(packets.recv().unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+}
+
+#[test]
+fn packets_come_from_two_queues_and_go_by_either() {
+    if skipped() {
+        return;
+    }
+    let (queues, devices): (Vec<_>, Vec<_>) = [(); 2].map(|()| UnixDatagram::pair().unwrap()).into_iter().unzip();
+    let mut ring = Ring::new(queues, 0, socket("127.0.0.1:0"), TARGETS).unwrap();
+    // What has come from each queue, in order.
+    let mut receive = |count: usize| {
+        let mut came = [Vec::new(), Vec::new()];
+        while came.iter().map(Vec::len).sum::<usize>() < count {
+            assert!(ring.wait(PATIENCE).unwrap().packets);
+            let packets = ring.sources().0;
+            while let Ok((range, queue)) = packets.recv() {
+                came[queue].push(packets.arena()[range].to_vec());
+            }
+        }
+        came
+    };
+    // More than there are buffers, so that the kernel ends the requests.
+    for round in 0..3 * SLOTS {
+        let sent = [b"a", b"b"].map(|name| [&name[..], &round.to_be_bytes()].concat());
+        for (device, packet) in devices.iter().zip(&sent) {
+            device.send(packet).unwrap();
+        }
+        assert_eq!(receive(2), sent.map(|packet| vec![packet]));
+    }
+    let mut writer = Writer::new(devices).unwrap();
+    let mut batch = writer.batch();
+    for (queue, packet) in [(1, b"x"), (0, b"y"), (1, b"z")] {
+        batch.add(queue, std::iter::once(&packet[..]));
+    }
+    assert_eq!(batch.write().filter(Result::is_ok).count(), 3);
+    let [first, second] = receive(3);
+    assert_eq!((first.concat(), second.concat()), (b"y".to_vec(), b"xz".to_vec()));
 }
 
 #[test]
@@ -371,14 +408,14 @@ fn writes_keep_their_order_and_parts() {
         return;
     }
     let (device, far) = UnixStream::pair().unwrap();
-    let mut writer = Writer::new(device).unwrap();
+    let mut writer = Writer::new(vec![device]).unwrap();
     let payload: Vec<u8> = (0..200).collect();
     for count in [1, 2, MOST_WRITES] {
         let mut batch = writer.batch();
         for number in 0..count {
             // From one part to more than the kernel keeps on its stack (8).
             let parts = payload.chunks(1 + number * 7);
-            batch.add(parts);
+            batch.add(0, parts);
         }
         assert_eq!(batch.write().filter(Result::is_ok).count(), count);
         let mut received = vec![0; count * payload.len()];
@@ -394,12 +431,12 @@ fn a_device_that_is_full_refuses_the_rest_of_a_batch_at_once() {
         return;
     }
     let (device, far) = UnixDatagram::pair().unwrap();
-    let mut writer = Writer::new(device).unwrap();
+    let mut writer = Writer::new(vec![device]).unwrap();
     // 2 MiB in all, ten times what such a socket holds.
     let payload = [9; (32 << 10) + MOST_WRITES];
     let mut batch = writer.batch();
     for number in 0..MOST_WRITES {
-        batch.add([&[7; 3][..], &payload[number..]].into_iter());
+        batch.add(0, [&[7; 3][..], &payload[number..]].into_iter());
     }
     let results: Vec<_> = batch.write().collect();
     let taken = results.iter().position(Result::is_err).unwrap();

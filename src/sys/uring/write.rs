@@ -1,11 +1,6 @@
-//! Many packets handed to a device in one call.
+//! Many packets handed to a device in one call, by whichever of its queues.
 
-use std::{
-    io,
-    marker::PhantomData,
-    os::fd::{AsRawFd, RawFd},
-    process,
-};
+use std::{io, marker::PhantomData, os::fd::AsRawFd, process};
 
 use io_uring::{IoUring, opcode, types::Fd};
 
@@ -14,42 +9,42 @@ use super::{enable, passing, set_up};
 /// Packets in one call. 64 spreads the cost of the call to some 10 ns each; more only makes the first wait for the last.
 pub const MOST_WRITES: usize = 64;
 
-/// Writes packets to a `Q`. Stays in the thread that has made it.
+/// Writes packets to several `Q`. Stays in the thread that has made it.
 pub struct Writer<Q: AsRawFd> {
     uring: IoUring,
-    queue: Q,
-    /// Parts of all packets of a batch, and how many each has.
+    queues: Vec<Q>,
+    /// Parts of all packets of a batch, and for each where to and how many it has.
     parts: Vec<libc::iovec>,
-    counts: Vec<usize>,
+    packets: Vec<(Fd, usize)>,
     results: [i32; MOST_WRITES],
 }
 
 impl<Q: AsRawFd> Writer<Q> {
-    /// For a TUN queue.
+    /// For TUN queues.
     ///
     /// # Errors
     /// What the kernel says when it refuses; [`probe`](super::probe()) finds words for it.
-    pub fn new(queue: Q) -> io::Result<Self> {
+    pub fn new(queues: Vec<Q>) -> io::Result<Self> {
         let uring = set_up(MOST_WRITES as u32, 2 * MOST_WRITES as u32)?;
         enable(&uring, &[opcode::Writev::CODE])?;
         Ok(Self {
             uring,
-            queue,
+            queues,
             parts: Vec::new(),
-            counts: Vec::with_capacity(MOST_WRITES),
+            packets: Vec::with_capacity(MOST_WRITES),
             results: [0; MOST_WRITES],
         })
     }
 
     /// An empty batch.
-    pub fn batch<'bytes>(&mut self) -> WriteBatch<'_, 'bytes> {
+    pub fn batch<'bytes>(&mut self) -> WriteBatch<'_, 'bytes, Q> {
         self.parts.clear();
-        self.counts.clear();
+        self.packets.clear();
         WriteBatch {
-            descriptor: self.queue.as_raw_fd(),
+            queues: &self.queues,
             uring: &mut self.uring,
             parts: &mut self.parts,
-            counts: &mut self.counts,
+            packets: &mut self.packets,
             results: &mut self.results,
             bytes: PhantomData,
         }
@@ -57,24 +52,24 @@ impl<Q: AsRawFd> Writer<Q> {
 }
 
 /// Packets that are going to be written together.
-pub struct WriteBatch<'writer, 'bytes> {
-    descriptor: RawFd,
+pub struct WriteBatch<'writer, 'bytes, Q> {
+    queues: &'writer [Q],
     uring: &'writer mut IoUring,
     parts: &'writer mut Vec<libc::iovec>,
-    counts: &'writer mut Vec<usize>,
+    packets: &'writer mut Vec<(Fd, usize)>,
     results: &'writer mut [i32; MOST_WRITES],
     /// The packets are borrowed until they are written.
     bytes: PhantomData<&'bytes [u8]>,
 }
 
-impl<'writer, 'bytes> WriteBatch<'writer, 'bytes> {
-    /// Adds a packet in parts, at most 1,024. A batch takes [`MOST_WRITES`].
+impl<'writer, 'bytes, Q: AsRawFd> WriteBatch<'writer, 'bytes, Q> {
+    /// Adds a packet for one of the queues in parts, at most 1,024. A batch takes [`MOST_WRITES`].
     ///
     /// # Panics
-    /// When it is full.
-    pub fn add(&mut self, parts: impl Iterator<Item = &'bytes [u8]>) {
+    /// When it is full, or there is no such queue.
+    pub fn add(&mut self, queue: usize, parts: impl Iterator<Item = &'bytes [u8]>) {
         assert!(
-            self.counts.len() < MOST_WRITES,
+            self.packets.len() < MOST_WRITES,
             "a batch of {MOST_WRITES} packets is full"
         );
         let before = self.parts.len();
@@ -82,19 +77,20 @@ impl<'writer, 'bytes> WriteBatch<'writer, 'bytes> {
             iov_base: part.as_ptr().cast_mut().cast(),
             iov_len: part.len(),
         }));
-        self.counts.push(self.parts.len() - before);
+        let descriptor = Fd(self.queues[queue].as_raw_fd());
+        self.packets.push((descriptor, self.parts.len() - before));
     }
 
     /// Writes all packets, in order; how that went with each.
     ///
     /// The errors are those of `writev(2)` on a file that does not block.
-    pub fn write(self) -> impl Iterator<Item = io::Result<()>> + use<'writer> {
+    pub fn write(self) -> impl Iterator<Item = io::Result<()>> + use<'writer, Q> {
         let mut rest = &self.parts[..];
         let mut queue = self.uring.submission();
-        for (number, count) in self.counts.iter().enumerate() {
+        for (number, (descriptor, count)) in self.packets.iter().enumerate() {
             let (parts, after) = rest.split_at(*count);
             rest = after;
-            let write = opcode::Writev::new(Fd(self.descriptor), parts.as_ptr(), *count as u32)
+            let write = opcode::Writev::new(*descriptor, parts.as_ptr(), *count as u32)
                 // A device that takes no more says so, as with writev(2); otherwise the kernel would wait for it.
                 .rw_flags(libc::RWF_NOWAIT)
                 .build()
@@ -106,7 +102,7 @@ impl<'writer, 'bytes> WriteBatch<'writer, 'bytes> {
             assert!(pushed.is_ok(), "the ring has room for a batch and was empty");
         }
         drop(queue);
-        let mut pending = self.counts.len();
+        let mut pending = self.packets.len();
         while pending > 0 {
             if let Err(error) = passing(self.uring.submit_and_wait(pending)) {
                 // A ring of this thread that is set up has no such error (io_uring_enter(2)). The kernel may be reading packets
@@ -119,7 +115,7 @@ impl<'writer, 'bytes> WriteBatch<'writer, 'bytes> {
                 pending -= 1;
             }
         }
-        self.results[..self.counts.len()].iter().map(|&result| match result {
+        self.results[..self.packets.len()].iter().map(|&result| match result {
             0.. => Ok(()),
             error => Err(io::Error::from_raw_os_error(-error)),
         })
