@@ -176,8 +176,8 @@ struct Observed {
 }
 
 impl Engine {
-    /// Starts one worker for each socket of the tunnel's own. `confine` is called by each when it has all that it needs, before its first packet;
-    /// `on_failure`, from the worker's thread too, with the reason when it cannot go on.
+    /// Starts one worker for each socket of the tunnel's own. `confine` is called by each when it has all that it needs, before its
+    /// first packet; `on_failure`, from the worker's thread too, with the reason when it cannot go on.
     ///
     /// # Errors
     /// When the system gives no thread, processor, poller, ring or raw socket.

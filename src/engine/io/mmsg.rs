@@ -289,7 +289,7 @@ impl Device {
 
     #[inline]
     pub(super) fn write_one<'bytes>(&self, packet: &impl InParts<'bytes>) -> io::Result<()> {
-        let queue = &self.0.all()[self.0.index(packet.class())];
+        let queue = &self.0.all()[self.0.index_for(packet)];
         let mut parts = packet.parts();
         let all = parts.clone();
         // A packet as it stands is by far the most frequent, and the long list of parts takes its time.

@@ -111,6 +111,16 @@ impl Queues {
         }
     }
 
+    /// Where the queue is that this packet is to be written to. Its flow is only looked up if there is a choice.
+    #[inline]
+    fn index_for<'bytes>(&self, packet: &impl InParts<'bytes>) -> usize {
+        if self.0.len() > 1 {
+            self.index(packet.class())
+        } else {
+            0
+        }
+    }
+
     /// All of them.
     #[inline]
     pub fn all(&self) -> &[Arc<TunQueue>] {

@@ -173,7 +173,7 @@ impl PacketSink for Device {
             let mut batch = self.writer.batch();
             let all = std::iter::once(first).chain(packets.by_ref());
             for (slot, packet) in written.iter_mut().zip(all) {
-                batch.add(self.queues.index(packet.class()), packet.parts());
+                batch.add(self.queues.index_for(&packet), packet.parts());
                 *slot = Some(packet);
             }
             for (packet, result) in written.into_iter().flatten().zip(batch.write()) {
