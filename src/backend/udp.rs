@@ -68,7 +68,7 @@ const LIFETIME: Duration = Duration::from_secs(1);
 /// How the TUN device is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum TunMode {
-    /// A queue for each worker; plain where the kernel has no multi-queue.
+    /// Queues for each worker; plain where the kernel has no multi-queue.
     #[default]
     Auto,
     /// One queue, through the `tun-tap` crate.

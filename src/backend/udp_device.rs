@@ -12,15 +12,12 @@ use super::{
     udp::{DEVICE, Options, TunMode},
 };
 use crate::{
+    engine::DEVICE_QUEUE,
     kernel::{self, Kernel, external::External},
     lease::record::Lease,
     network::Network,
     sys::tun::{self, Tun, TunOffload},
 };
-
-/// Packets that may wait for a worker. The kernel's 500 for TUN devices is less than what one TCP stream sends in the time
-/// that a worker is off its processor; 1,000 is what Ethernet devices have.
-const DEVICE_QUEUE: u32 = 1_000;
 
 /// Makes the device, with so many queues: by the plain path, with one queue, where the fast one is refused.
 pub(super) fn open(options: &Options, queues: usize) -> Result<(Tun, TunOffload), Error> {

@@ -32,7 +32,7 @@ pub(super) struct Common {
 impl Common {
     /// For the next batch, with the routes and the time of now.
     pub(super) fn context(&mut self) -> Context<'_> {
-        self.flows.begin(coarse_uptime());
+        self.flows.set_time(coarse_uptime());
         Context {
             routes: self.routes.load(),
             refusals: &mut self.refusals,

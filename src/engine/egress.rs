@@ -89,7 +89,7 @@ impl Egress {
         context: &mut Context<'_>,
     ) -> io::Result<bool> {
         self.begin();
-        packets.start();
+        packets.start(context.flows.take_moved());
         let mut more = Ok(true);
         for _ in 0..FLUSH_PACKETS {
             if self.plan.bytes() >= FLUSH_BYTES || self.plan.runs().len() >= BATCH {
@@ -127,7 +127,7 @@ impl Egress {
                 .of(kept)
                 .for_each(|bytes| self.spare_bytes.extend_from_slice(bytes));
         }
-        context.flows.set_behind(packets.is_behind());
+        context.flows.set_moves(packets.moves());
         self.send(packets.arena(), peers, context);
         std::mem::swap(&mut self.kept_bytes, &mut self.spare_bytes);
         self.kept = kept;

@@ -7,11 +7,17 @@
 //! back to, is in a queue by its hash.
 //!
 //! # Order
-//! A flow is moved only when none of its packets can lie in a queue that is read after the other one: from that for sparse flows,
-//! which is read first, when that was read to its end; from that for bulk when it has sent nothing for longer than packets lie
-//! there, or next to nothing.
+//! A flow's packets must not overtake each other because some lie in the one queue and some in the other.
+//! - From the queue for sparse flows to that for bulk: whatever lies in the former is read before anything else
+//!   ([`PacketSource::start`](super::io::PacketSource::start)).
+//! - Back: only when the flow has sent nothing for longer than packets lie there, or next to nothing since it is known.
+//! - A flow that is not known is taken for a new one, of which nothing is under way; but not while there may be packets of any flow
+//!   in the queue for bulk that came before this worker did.
+//!
+//! The kernel moves flows, too: what nothing has been written to for three seconds, or has found no place in its table of 4,096,
+//! goes by its hash again, and fragments do so by another one than whole packets.
 
-use std::time::Duration;
+use std::{cell::Cell, time::Duration};
 
 use crate::packet::{IpPacket, flow};
 
@@ -41,13 +47,26 @@ const QUIET: u32 = 16;
 /// What a flow may have sent for all of it to have been read: a question and another one.
 const FEW: u32 = 2 << 10;
 
+/// How flows can be moved between a worker's queues.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Moves {
+    /// Not at all: packets of two queues come in no certain order.
+    Never,
+    /// To the queue for bulk: there may be packets in it, of any flow, that came before the worker did.
+    ToBulk,
+    /// Both ways.
+    #[default]
+    Both,
+}
+
 /// What the flows that this worker has carried from the device have sent lately.
 #[derive(Debug)]
 pub(super) struct Flows {
-    slots: Box<[Slot]>,
+    slots: Box<[Cell<Slot>]>,
     now: u32,
-    /// Whether more of sparse flows waits than was read.
-    behind: bool,
+    moves: Moves,
+    /// Whether a flow was moved to the queue for bulk since that was last asked.
+    moved: Cell<bool>,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -56,37 +75,43 @@ struct Slot {
     last: u32,
     /// What it has sent, in bytes, fading.
     sent: u32,
-    /// Whether that was ever much.
+    /// Whether that was much since it was last quiet.
     bulk: bool,
-    /// The class whose queue it has come by.
-    from: Class,
+    /// The class whose queue it has come by last, or is to come by.
+    at: Class,
 }
 
 impl Flows {
     pub(super) fn new() -> Self {
         Self {
-            slots: vec![Slot::default(); 1 << BITS].into_boxed_slice(),
+            slots: vec![Cell::default(); 1 << BITS].into_boxed_slice(),
             now: 0,
-            behind: false,
+            moves: Moves::default(),
+            moved: Cell::new(false),
         }
     }
 
-    /// Begins a batch, so long after the host's start.
-    pub(super) fn begin(&mut self, uptime: Duration) {
-        // Where the ticks begin anew after two years, some flows' class is a wrong one for 256 ms.
+    /// Goes on so long after the host's start.
+    pub(super) fn set_time(&mut self, uptime: Duration) {
+        // After two years it begins anew, which the differences do not mind.
         self.now = (uptime.as_millis() / TICK.as_millis()) as u32;
     }
 
-    /// Takes in whether more packets of sparse flows are waiting than were read.
-    pub(super) fn set_behind(&mut self, behind: bool) {
-        self.behind = behind;
+    /// Whether a flow was moved to the queue for bulk since that was last asked: all that lies in the other one is to be read first.
+    pub(super) fn take_moved(&mut self) -> bool {
+        self.moved.take()
+    }
+
+    /// Takes in how flows can be moved from now on.
+    pub(super) fn set_moves(&mut self, moves: Moves) {
+        self.moves = moves;
     }
 
     /// Takes in that the flow with this hash has sent so many bytes, by the queue for a class.
     #[inline]
     pub(super) fn sent(&mut self, hash: u32, bytes: usize, from: Class) {
         let now = self.now;
-        let slot = &mut self.slots[index(hash)];
+        let slot = self.slots[index(hash)].get_mut();
         let gone = now.wrapping_sub(slot.last);
         if gone >= QUIET {
             *slot = Slot::default();
@@ -94,24 +119,41 @@ impl Flows {
         // A packet has at most 64 KiB.
         slot.sent = slot.sent.unbounded_shr(gone).saturating_add(bytes as u32);
         slot.bulk |= slot.sent > MOST_SPARSE;
-        (slot.last, slot.from) = (now, from);
+        (slot.last, slot.at) = (now, from);
     }
 
     /// The class of the flow that this packet belongs to, in whichever direction: the flow is to come by the queue for it from now
     /// on.
     #[inline]
     pub(super) fn class(&self, packet: &[u8]) -> Class {
-        let Ok(view) = IpPacket::parse(packet) else {
-            return Class::Sparse;
-        };
-        let slot = &self.slots[index(flow::hash(&view))];
+        match IpPacket::parse(packet) {
+            Ok(view) => self.class_of(flow::hash(&view)),
+            Err(_) => Class::Sparse,
+        }
+    }
+
+    /// As [`class`](Self::class), of the flow with this hash.
+    #[inline]
+    pub(super) fn class_of(&self, hash: u32) -> Class {
+        let cell = &self.slots[index(hash)];
+        let mut slot = cell.get();
         let gone = self.now.wrapping_sub(slot.last);
-        let bulk = gone < QUIET
-            && match slot.from {
-                Class::Sparse => slot.bulk && !self.behind,
-                Class::Bulk => slot.bulk || slot.sent.unbounded_shr(gone) > FEW,
+        if gone >= QUIET {
+            return match self.moves {
+                Moves::ToBulk => Class::Bulk,
+                Moves::Never | Moves::Both => Class::Sparse,
             };
-        if bulk { Class::Bulk } else { Class::Sparse }
+        }
+        match (slot.at, self.moves) {
+            (Class::Sparse, Moves::ToBulk | Moves::Both) if slot.bulk => {
+                slot.at = Class::Bulk;
+                self.moved.set(true);
+            }
+            (Class::Bulk, Moves::Both) if !slot.bulk && slot.sent.unbounded_shr(gone) <= FEW => slot.at = Class::Sparse,
+            _ => return slot.at,
+        }
+        cell.set(slot);
+        slot.at
     }
 }
 
@@ -125,6 +167,9 @@ fn index(hash: u32) -> usize {
 mod tests {
     use super::*;
     use crate::packet::build;
+
+    /// So long after its start that no flow is known to a host any more.
+    const LATER: Duration = Duration::from_secs(1_000);
 
     const HOSTS: [[u8; 4]; 2] = [[10, 5, 1, 2], [10, 5, 2, 2]];
 
@@ -148,8 +193,8 @@ mod tests {
     #[test]
     fn a_flow_that_has_sent_much_is_bulk_in_both_directions_until_it_is_quiet() {
         let mut flows = Flows::new();
-        let at = |ticks: u32| Duration::from_secs(1_000) + ticks * TICK;
-        flows.begin(at(0));
+        let at = |ticks: u32| LATER + ticks * TICK;
+        flows.set_time(at(0));
         assert_eq!(flows.class(&answer(1)), Class::Sparse);
         send(&mut flows, 1, 32 << 10);
         assert_eq!(flows.class(&answer(1)), Class::Sparse);
@@ -158,11 +203,11 @@ mod tests {
         assert_eq!(flows.class(&packet(1)), Class::Bulk);
         assert_eq!(flows.class(&answer(2)), Class::Sparse, "another flow");
         // A little keeps it what it is.
-        flows.begin(at(15));
+        flows.set_time(at(15));
         send(&mut flows, 1, 1);
-        flows.begin(at(30));
+        flows.set_time(at(30));
         assert_eq!(flows.class(&answer(1)), Class::Bulk);
-        flows.begin(at(31));
+        flows.set_time(at(31));
         assert_eq!(flows.class(&answer(1)), Class::Sparse);
         send(&mut flows, 1, 1);
         assert_eq!(flows.class(&answer(1)), Class::Sparse);
@@ -173,7 +218,7 @@ mod tests {
         for (bytes, class) in [(15 << 10, Class::Sparse), (17 << 10, Class::Bulk)] {
             let mut flows = Flows::new();
             for tick in 0..1_000 {
-                flows.begin(tick * TICK);
+                flows.set_time(tick * TICK);
                 for _ in 0..16 {
                     send(&mut flows, 1, bytes / 16);
                 }
@@ -183,21 +228,45 @@ mod tests {
     }
 
     #[test]
-    fn a_flow_does_not_overtake_itself_when_it_is_moved() {
+    fn a_flow_that_leaves_the_queue_for_sparse_flows_has_it_read_first() {
         let mut flows = Flows::new();
-        flows.begin(Duration::ZERO);
         send(&mut flows, 1, 64 << 10);
-        flows.set_behind(true);
-        assert_eq!(flows.class(&answer(1)), Class::Sparse, "some of it may still be there");
-        flows.set_behind(false);
+        assert!(!flows.take_moved());
         assert_eq!(flows.class(&answer(1)), Class::Bulk);
-        // One that the kernel has put to bulk stays there while it sends more than a question.
+        assert!(flows.take_moved());
+        // It is where it belongs.
+        assert_eq!(flows.class(&answer(1)), Class::Bulk);
+        assert!(!flows.take_moved());
+        send_by(&mut flows, 1, 1, Class::Bulk);
+        assert_eq!(flows.class(&answer(1)), Class::Bulk);
+        assert!(!flows.take_moved());
+    }
+
+    #[test]
+    fn one_that_the_kernel_has_put_to_bulk_stays_there_while_it_sends_more_than_a_question() {
+        let mut flows = Flows::new();
         send_by(&mut flows, 2, 100, Class::Bulk);
         assert_eq!(flows.class(&answer(2)), Class::Sparse);
         send_by(&mut flows, 3, 3 << 10, Class::Bulk);
         assert_eq!(flows.class(&answer(3)), Class::Bulk);
-        flows.begin(TICK);
+        flows.set_time(TICK);
         assert_eq!(flows.class(&answer(3)), Class::Sparse);
+        assert!(!flows.take_moved());
+    }
+
+    #[test]
+    fn flows_are_moved_only_as_the_queues_allow() {
+        let classes = |moves| {
+            let mut flows = Flows::new();
+            flows.set_time(LATER);
+            flows.set_moves(moves);
+            send(&mut flows, 1, 64 << 10);
+            send_by(&mut flows, 2, 100, Class::Bulk);
+            [1, 2, 3].map(|port| flows.class(&answer(port)))
+        };
+        assert_eq!(classes(Moves::Both), [Class::Bulk, Class::Sparse, Class::Sparse]);
+        assert_eq!(classes(Moves::ToBulk), [Class::Bulk, Class::Bulk, Class::Bulk]);
+        assert_eq!(classes(Moves::Never), [Class::Sparse, Class::Bulk, Class::Sparse]);
     }
 
     #[test]

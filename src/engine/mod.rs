@@ -1,10 +1,9 @@
 //! The packet engine: moves IP packets between the queues of a TUN device and UDP sockets.
 //!
 //! Each worker has a socket and one or two TUN queues of its own, the second for flows that send little ([`flows`]), and runs each
-//! packet to completion. What it shares with the
-//! rest of the daemon: the published route table (one atomic load a batch), a channel for commands, and its
-//! [`Counters`]. It knows nothing of the registry, takes no lock, and neither allocates nor logs per packet; what the kernel
-//! refuses while it runs is said once.
+//! packet to completion. What it shares with the rest of the daemon: the published route table (one atomic load a batch), a
+//! channel for commands, and its [`Counters`]. It knows nothing of the registry, takes no lock, and neither allocates nor logs per
+//! packet; what the kernel refuses while it runs is said once.
 
 pub mod admission;
 mod context;
@@ -52,8 +51,8 @@ use worker::{Setup, Worker};
 /// What an engine is made of.
 #[derive(Debug)]
 pub struct Parts {
-    /// One for each worker, and behind these, as far as there are so many, a second one for each. Whoever else keeps one, keeps the
-    /// device.
+    /// One for each worker, and behind these, as far as there are so many, a second one for each; which is which after a restart
+    /// does not matter. Whoever else keeps one, keeps the device.
     pub queues: Vec<Arc<TunQueue>>,
     /// One for each worker. Whoever else keeps them open has what comes while no engine runs.
     pub sockets: Vec<Sockets>,
@@ -141,6 +140,10 @@ struct Handle {
     bell: Bell,
     thread: Option<JoinHandle<()>>,
 }
+
+/// Packets that may wait in a queue of the device for its worker. The kernel's 500 for TUN devices is less than what one TCP
+/// stream sends in the time that a worker is off its processor; 1,000 is what Ethernet devices have.
+pub const DEVICE_QUEUE: u32 = 1_000;
 
 /// How many queues of the device a worker can use, at most.
 pub const MOST_QUEUES_EACH: usize = 2;

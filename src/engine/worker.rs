@@ -1,4 +1,4 @@
-//! One worker: the thread that moves packets between a TUN queue and a UDP socket.
+//! One worker: the thread that moves packets between TUN queues and a UDP socket.
 
 use std::{
     io,
@@ -343,10 +343,17 @@ mod tests {
             worker.drain().unwrap();
         };
         worker.io().packets.from = Class::Sparse;
-        leave(&mut worker, 1, 40);
-        leave(&mut worker, 2, 1);
-        assert_eq!(arrive(&mut worker, 1), Class::Bulk);
-        assert_eq!(arrive(&mut worker, 2), Class::Sparse);
+        // What is bulk is so for 256 ms only, in which a busy machine may get nothing done.
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            leave(&mut worker, 1, 40);
+            leave(&mut worker, 2, 1);
+            let classes = [1, 2].map(|port| arrive(&mut worker, port));
+            if classes == [Class::Bulk, Class::Sparse] {
+                break;
+            }
+            assert!(Instant::now() < deadline, "{classes:?}");
+        }
     }
 
     #[test]

@@ -190,7 +190,7 @@ impl AsFd for TunQueue {
     }
 }
 
-/// Makes a TUN device with `queues` queues, each for one worker; no packet information header.
+/// Makes a TUN device with `queues` queues; no packet information header.
 ///
 /// `pattern` is a name or, with `%d`, the kernel's choice of the first free number (`flannel%d`).
 ///

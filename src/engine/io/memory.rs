@@ -74,7 +74,7 @@ pub struct Packets {
 }
 
 impl PacketSource for Packets {
-    fn start(&mut self) {
+    fn start(&mut self, _sparse_first: bool) {
         self.arena.clear();
         self.last = 0;
     }

@@ -25,17 +25,14 @@ use crate::{
 
 use super::{
     Bell, DatagramSink, DatagramSource, Gather, InParts, Io, LocalSink, Packet, PacketSink, PacketSource, Parts,
-    Queues, Ready,
+    Queues, Ready, turns::Turns,
 };
 use crate::engine::{
-    egress::{FLUSH_BYTES, FLUSH_PACKETS},
-    flows::Class,
+    egress::FLUSH_BYTES,
+    flows::{Class, Moves},
 };
 
 const BELL: Token = Token(0);
-
-/// Packets of sparse flows that a batch begins with at most, of the [`FLUSH_PACKETS`] that it may have.
-const PREFERRED: usize = FLUSH_PACKETS * 2 / 3;
 
 /// The longest that one read brings: a virtio header and the longest IP packet.
 const MAX_READ: usize = VirtioNetHdr::LEN + 65_535;
@@ -106,8 +103,12 @@ impl Io for Mmsg {
             self.bell.as_raw_fd(),
         ];
         let [in_bulk, in_sparse, datagrams, bell] = wait_readable(files, limit)?;
-        self.packets.waiting[bulk] |= in_bulk;
-        self.packets.waiting[sparse] |= in_sparse;
+        if in_sparse {
+            self.packets.turns.wake(Class::Sparse);
+        }
+        if in_bulk && bulk != sparse {
+            self.packets.turns.wake(Class::Bulk);
+        }
         if bell {
             self.bell.poll(&mut self.rung, Some(Duration::ZERO))?;
         }
@@ -129,14 +130,10 @@ impl Io for Mmsg {
     }
 }
 
-/// Packets one behind another in one buffer, so that equal ones are one slice of a segmented message. Those of sparse flows come
-/// first, but not for ever.
+/// Packets one behind another in one buffer, so that equal ones are one slice of a segmented message.
 pub struct Packets {
     queues: Queues,
-    /// Which of the queues may have packets, as far as is known.
-    waiting: [bool; 2],
-    /// How many of this batch's packets are still of sparse flows before all others.
-    preferred: usize,
+    turns: Turns,
     buffer: Box<[u8]>,
     /// Where the last packet begins, and where the next one will.
     last: usize,
@@ -146,9 +143,8 @@ pub struct Packets {
 impl Packets {
     fn new(queues: Queues) -> Self {
         Self {
+            turns: Turns::new(queues.all().len() > 1),
             queues,
-            waiting: [true; 2],
-            preferred: PREFERRED,
             buffer: vec![0; BUFFER_BYTES].into_boxed_slice(),
             last: FIRST,
             next: FIRST,
@@ -183,27 +179,20 @@ impl Packets {
 }
 
 impl PacketSource for Packets {
-    fn start(&mut self) {
+    fn start(&mut self, sparse_first: bool) {
         (self.last, self.next) = (FIRST, FIRST);
-        self.preferred = PREFERRED;
+        self.turns.start(sparse_first);
     }
 
     #[inline]
     fn next(&mut self) -> io::Result<Packet> {
-        let order = if self.preferred > 0 {
-            [Class::Sparse, Class::Bulk]
-        } else {
-            [Class::Bulk, Class::Sparse]
-        };
-        for class in order {
-            let index = self.queues.index(class);
-            if self.waiting[index] {
-                match self.read(class) {
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.waiting[index] = false,
-                    read => {
-                        self.preferred = self.preferred.saturating_sub(usize::from(class == Class::Sparse));
-                        return read;
-                    }
+        while let Some(class) = self.turns.next() {
+            match self.read(class) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.turns.emptied(class),
+                Err(error) => return Err(error),
+                Ok(packet) => {
+                    self.turns.read(class);
+                    return Ok(packet);
                 }
             }
         }
@@ -215,8 +204,8 @@ impl PacketSource for Packets {
         self.next = self.last;
     }
 
-    fn is_behind(&self) -> bool {
-        self.waiting[self.queues.index(Class::Sparse)]
+    fn moves(&self) -> Moves {
+        self.turns.moves()
     }
 
     fn arena(&mut self) -> &mut [u8] {
@@ -341,24 +330,23 @@ mod tests {
         (Arc::new(File::from(near).into()), far.into())
     }
 
-    /// What a batch of at most `most` packets holds.
-    fn batch(packets: &mut Packets, most: usize) -> String {
-        packets.start();
+    /// What a batch holds.
+    fn batch(packets: &mut Packets) -> String {
+        packets.start(false);
         let mut names = String::new();
-        for _ in 0..most {
+        loop {
             match packets.next() {
                 Ok(packet) => names.push(char::from(packets.arena()[packet.bytes][0])),
                 Err(error) => {
                     assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
-                    break;
+                    return names;
                 }
             }
         }
-        names
     }
 
     #[test]
-    fn a_batch_begins_with_packets_of_sparse_flows_and_is_not_theirs_alone() {
+    fn a_batch_begins_with_packets_of_sparse_flows() {
         let ((bulk, from_bulk), (sparse, from_sparse)) = (queue(), queue());
         let mut packets = Packets::new(Queues::new(bulk, Some(sparse)));
         let send = |bulk, sparse| {
@@ -366,25 +354,21 @@ mod tests {
             (0..sparse).for_each(|_| assert_eq!((&from_sparse).write(b"s").unwrap(), 1));
         };
         send(3, 2);
-        assert_eq!(batch(&mut packets, 99), "ssbbb");
+        assert_eq!(batch(&mut packets), "ssbbb");
         // It is told anew when there are more.
-        send(0, 1);
-        assert_eq!(batch(&mut packets, 99), "");
-        packets.waiting = [true; 2];
-        assert_eq!(batch(&mut packets, 99), "s");
-        packets.waiting = [true; 2];
-        let flood = PREFERRED + 5;
-        send(4, flood);
-        let preferred = "s".repeat(PREFERRED);
-        assert_eq!(batch(&mut packets, PREFERRED + 3), format!("{preferred}bbb"));
-        assert_eq!(batch(&mut packets, 99), "sssssb");
+        send(1, 1);
+        assert_eq!(batch(&mut packets), "");
+        packets.turns.wake(Class::Bulk);
+        assert_eq!(batch(&mut packets), "b");
+        packets.turns.wake(Class::Sparse);
+        assert_eq!(batch(&mut packets), "s");
     }
 
     #[test]
     fn a_device_with_one_queue_has_it_for_all_flows() {
         let (only, far) = queue();
         let mut packets = Packets::new(Queues::new(only, None));
-        (0..2 * PREFERRED).for_each(|_| assert_eq!((&far).write(b"x").unwrap(), 1));
-        assert_eq!(batch(&mut packets, 999).len(), 2 * PREFERRED);
+        (0..9).for_each(|_| assert_eq!((&far).write(b"x").unwrap(), 1));
+        assert_eq!(batch(&mut packets), "x".repeat(9));
     }
 }

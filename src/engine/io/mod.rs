@@ -11,6 +11,7 @@
 
 pub mod memory;
 pub mod mmsg;
+mod turns;
 pub mod uring;
 
 use std::{
@@ -22,7 +23,7 @@ use std::{
     time::Duration,
 };
 
-use super::flows::Class;
+use super::flows::{Class, Moves};
 use crate::{
     offload::{Malformed, VirtioNetHdr},
     sys::{
@@ -167,8 +168,9 @@ pub struct Packet {
 
 /// Packets from the device, in batches.
 pub trait PacketSource {
-    /// Starts a batch: the packets of the last one are spent.
-    fn start(&mut self);
+    /// Starts a batch: the packets of the last one are spent. With `sparse_first`, whatever lies in the queue for sparse flows now
+    /// comes before anything of the other one.
+    fn start(&mut self, sparse_first: bool);
 
     /// The next packet, of at most 64 KiB. It stays in the arena until the next batch.
     ///
@@ -179,9 +181,9 @@ pub trait PacketSource {
     /// The last packet is spent already: its space may be used again.
     fn forget(&mut self);
 
-    /// Whether more packets of sparse flows are waiting, as far as is known, than a batch takes before others.
-    fn is_behind(&self) -> bool {
-        false
+    /// How flows can be moved between the queues after this batch.
+    fn moves(&self) -> Moves {
+        Moves::Both
     }
 
     /// What the batch's packets lie in.

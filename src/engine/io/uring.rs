@@ -17,7 +17,11 @@ use super::{
     Bell, DatagramSource, InParts, Io, Packet, PacketSink, PacketSource, Parts, Queues, Ready,
     mmsg::{self, Peers},
 };
-use crate::engine::{egress::FLUSH_BYTES, flows::Class, ingress::BATCH_BYTES};
+use crate::engine::{
+    egress::FLUSH_BYTES,
+    flows::{Class, Moves},
+    ingress::BATCH_BYTES,
+};
 
 /// See the module. Stays in the thread that has made it.
 pub struct Uring {
@@ -96,7 +100,7 @@ fn ready(arrivals: uring::Arrivals) -> Ready {
 
 /// Each packet has a buffer of its own, which goes back to the kernel at the next wait.
 impl PacketSource for uring::Packets {
-    fn start(&mut self) {}
+    fn start(&mut self, _sparse_first: bool) {}
 
     #[inline]
     fn next(&mut self) -> io::Result<Packet> {
@@ -120,9 +124,8 @@ impl PacketSource for uring::Packets {
 
     fn forget(&mut self) {}
 
-    /// Always: packets of two queues come in no certain order.
-    fn is_behind(&self) -> bool {
-        true
+    fn moves(&self) -> Moves {
+        Moves::Never
     }
 
     fn arena(&mut self) -> &mut [u8] {
