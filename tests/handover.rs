@@ -9,8 +9,8 @@ use flannel::{
     observe::status::{Status, Worker},
 };
 use lab::{
-    CONFIG, Daemon, Overlay, PATIENCE, Registry, etcd::EtcdServer, flow::BothWays, new_lab, supervisor::Supervisor,
-    tunnel_device,
+    CONFIG, Daemon, Overlay, PATIENCE, Registry, etcd::EtcdServer, flow::BothWays, new_lab, pair::Asleep,
+    supervisor::Supervisor, tunnel_device,
 };
 use nix::sys::signal::Signal;
 use std::{fs, os::fd::OwnedFd, path::Path, time::Duration};
@@ -183,8 +183,9 @@ async fn hear(connection: &mut Connection) -> Option<ToHeir> {
 async fn given(path: &Path) -> (Connection, Vec<OwnedFd>) {
     let mut connection = connect(path).await;
     connection.send(&ToRunning::Hello(Hello::own()), &[]).await.unwrap();
-    let Some(ToHeir::Hello(offer)) = hear(&mut connection).await else {
-        panic!("nothing is offered")
+    let heard = hear(&mut connection).await;
+    let Some(ToHeir::Hello(offer)) = heard else {
+        panic!("nothing is offered: {heard:?}")
     };
     let descriptors: Vec<OwnedFd> = offer.descriptors.iter().map(|_| connection.take().unwrap()).collect();
     (connection, descriptors)
@@ -192,7 +193,8 @@ async fn given(path: &Path) -> (Connection, Vec<OwnedFd>) {
 
 async fn stopped(connection: &mut Connection) {
     connection.send(&ToRunning::Prepared, &[]).await.unwrap();
-    assert!(matches!(hear(connection).await, Some(ToHeir::Stopped(_))));
+    let heard = hear(connection).await;
+    assert!(matches!(heard, Some(ToHeir::Stopped(_))), "{heard:?}");
 }
 
 #[test]
@@ -218,10 +220,9 @@ fn the_running_daemon_goes_on_wherever_the_new_one_fails() {
         // It ends as soon as it carries packets: the running one hears both at once.
         let (mut connection, descriptors) = given(&socket).await;
         stopped(&mut connection).await;
-        overlay.daemons[0].process().signal(Signal::SIGSTOP);
+        let asleep = Asleep::of(&mut overlay.daemons[0]);
         connection.send(&ToRunning::Running, &[]).await.unwrap();
-        drop((connection, descriptors));
-        overlay.daemons[0].process().signal(Signal::SIGCONT);
+        drop((connection, descriptors, asleep));
         // It talks rubbish.
         let (mut connection, _descriptors) = given(&socket).await;
         connection.send(&"rubbish", &[]).await.unwrap();
@@ -425,10 +426,10 @@ fn a_daemon_that_is_stopped_while_another_prepares_leaves_that_reachable() {
     etcd.pause();
     heir.start();
     heir.wait_for_log("taking over from flanneld");
-    heir.process().signal(Signal::SIGSTOP);
+    let asleep = Asleep::of(&mut heir);
     etcd.resume();
     assert!(overlay.daemons[0].stop().success());
-    heir.process().signal(Signal::SIGCONT);
+    drop(asleep);
     heir.wait_ready();
     heir.wait_for_log("has ended before it has handed over");
     overlay.daemons[0] = heir;

@@ -2,7 +2,7 @@
 //! peer. Between them are two hops, the host's kernel and its daemon.
 
 use super::{
-    Overlay, PATIENCE, Registry, new_lab,
+    Daemon, Overlay, PATIENCE, Registry, new_lab,
     plain_peer::{PlainPeer, has_right_checksum},
     traffic::QUIET,
     wire::{End, Wire},
@@ -132,6 +132,11 @@ impl Pair {
 pub(crate) struct Asleep(Pid);
 
 impl Asleep {
+    /// A daemon's.
+    pub(crate) fn of(daemon: &mut Daemon) -> Asleep {
+        Asleep::new(Pid::from_raw(daemon.process().pid().cast_signed()))
+    }
+
     /// Returns when all of its threads have stopped.
     pub(crate) fn new(process: Pid) -> Asleep {
         kill(process, Signal::SIGSTOP).unwrap();

@@ -3,7 +3,6 @@
 use super::{Daemon, Overlay, pair::Asleep};
 use flannel::lab::{self, Host, LabError, Namespace, wait_for};
 use ipnet::Ipv4Net;
-use nix::unistd::Pid;
 use serde_json::Value;
 use std::{
     collections::BTreeSet,
@@ -142,7 +141,7 @@ pub(crate) fn assert_mends<T: PartialEq + Debug>(
 ) {
     for (what, commands) in damages {
         assert_mends_while_it_looks_on(daemon, ns, (what, commands), &look);
-        let asleep = Asleep::new(Pid::from_raw(daemon.process().pid().cast_signed()));
+        let asleep = Asleep::of(daemon);
         for command in commands {
             by_hand(ns, command);
         }
