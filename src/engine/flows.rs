@@ -8,14 +8,15 @@
 //!
 //! # Order
 //! A flow's packets must not overtake each other because some lie in the one queue and some in the other.
-//! - From the queue for sparse flows to that for bulk: whatever lies in the former is read before anything else
+//! - From the queue for sparse flows to that for bulk: what lies in the former is read before anything else
 //!   ([`PacketSource::start`](super::io::PacketSource::start)).
-//! - Back: only when the flow has sent nothing for longer than packets lie there, or next to nothing since it is known.
+//! - Back: when the flow has sent nothing for a quarter of a second, or next to nothing lately and never much. Where a full queue
+//!   lasts longer, on a slow way out, it may overtake itself then, once.
 //! - A flow that is not known is taken for a new one, of which nothing is under way; but not while there may be packets of any flow
 //!   in the queue for bulk that came before this worker did.
 //!
 //! The kernel moves flows, too: what nothing has been written to for three seconds, or has found no place in its table of 4,096,
-//! goes by its hash again, and fragments do so by another one than whole packets.
+//! goes by its hash again, and fragments do so by another one than whole packets. Flows that share a slot are one flow here.
 
 use std::{cell::Cell, time::Duration};
 
@@ -41,7 +42,7 @@ const TICK: Duration = Duration::from_millis(16);
 /// From so many bytes on a flow is bulk: of one that sends evenly, from 8 Mbit/s on.
 const MOST_SPARSE: u32 = 32 << 10;
 
-/// After so many ticks in which it has sent nothing, a flow has no packet in a queue, and is as good as a new one.
+/// After so many ticks in which it has sent nothing, a flow is as good as a new one.
 const QUIET: u32 = 16;
 
 /// What a flow may have sent for all of it to have been read: a question and another one.
@@ -50,7 +51,7 @@ const FEW: u32 = 2 << 10;
 /// How flows can be moved between a worker's queues.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Moves {
-    /// Not at all: packets of two queues come in no certain order.
+    /// Not at all, if they are known: packets of two queues come in no certain order.
     Never,
     /// To the queue for bulk: there may be packets in it, of any flow, that came before the worker did.
     ToBulk,
@@ -114,12 +115,20 @@ impl Flows {
         let slot = self.slots[index(hash)].get_mut();
         let gone = now.wrapping_sub(slot.last);
         if gone >= QUIET {
-            *slot = Slot::default();
+            *slot = Slot {
+                at: from,
+                ..Slot::default()
+            };
         }
         // A packet has at most 64 KiB.
         slot.sent = slot.sent.unbounded_shr(gone).saturating_add(bytes as u32);
         slot.bulk |= slot.sent > MOST_SPARSE;
-        (slot.last, slot.at) = (now, from);
+        slot.last = now;
+        // What a flow that was moved to bulk has left behind comes from where it was; and one that the kernel puts elsewhere all the
+        // same must not be moved again and again.
+        if !(slot.bulk && slot.at == Class::Bulk) {
+            slot.at = from;
+        }
     }
 
     /// The class of the flow that this packet belongs to, in whichever direction: the flow is to come by the queue for it from now
@@ -139,9 +148,11 @@ impl Flows {
         let mut slot = cell.get();
         let gone = self.now.wrapping_sub(slot.last);
         if gone >= QUIET {
-            return match self.moves {
-                Moves::ToBulk => Class::Bulk,
-                Moves::Never | Moves::Both => Class::Sparse,
+            return if self.moves == Moves::ToBulk {
+                self.moved.set(true);
+                Class::Bulk
+            } else {
+                Class::Sparse
             };
         }
         match (slot.at, self.moves) {
@@ -230,6 +241,7 @@ mod tests {
     #[test]
     fn a_flow_that_leaves_the_queue_for_sparse_flows_has_it_read_first() {
         let mut flows = Flows::new();
+        flows.set_time(LATER);
         send(&mut flows, 1, 64 << 10);
         assert!(!flows.take_moved());
         assert_eq!(flows.class(&answer(1)), Class::Bulk);
@@ -237,9 +249,11 @@ mod tests {
         // It is where it belongs.
         assert_eq!(flows.class(&answer(1)), Class::Bulk);
         assert!(!flows.take_moved());
-        send_by(&mut flows, 1, 1, Class::Bulk);
-        assert_eq!(flows.class(&answer(1)), Class::Bulk);
-        assert!(!flows.take_moved());
+        for from in [Class::Sparse, Class::Bulk, Class::Sparse] {
+            send_by(&mut flows, 1, 1, from);
+            assert_eq!(flows.class(&answer(1)), Class::Bulk);
+            assert!(!flows.take_moved(), "only once");
+        }
     }
 
     #[test]
@@ -262,11 +276,13 @@ mod tests {
             flows.set_moves(moves);
             send(&mut flows, 1, 64 << 10);
             send_by(&mut flows, 2, 100, Class::Bulk);
-            [1, 2, 3].map(|port| flows.class(&answer(port)))
+            [1, 2, 3].map(|port| (flows.class(&answer(port)), flows.take_moved()))
         };
-        assert_eq!(classes(Moves::Both), [Class::Bulk, Class::Sparse, Class::Sparse]);
-        assert_eq!(classes(Moves::ToBulk), [Class::Bulk, Class::Bulk, Class::Bulk]);
-        assert_eq!(classes(Moves::Never), [Class::Sparse, Class::Bulk, Class::Sparse]);
+        let (bulk, sparse) = ((Class::Bulk, false), (Class::Sparse, false));
+        let to_bulk = (Class::Bulk, true);
+        assert_eq!(classes(Moves::Both), [to_bulk, sparse, sparse]);
+        assert_eq!(classes(Moves::ToBulk), [to_bulk, bulk, to_bulk]);
+        assert_eq!(classes(Moves::Never), [sparse, bulk, sparse]);
     }
 
     #[test]

@@ -51,8 +51,8 @@ use worker::{Setup, Worker};
 /// What an engine is made of.
 #[derive(Debug)]
 pub struct Parts {
-    /// One for each worker, and behind these, as far as there are so many, a second one for each; which is which after a restart
-    /// does not matter. Whoever else keeps one, keeps the device.
+    /// One for each worker, and behind these, as far as there are so many, a second one for each. After a restart they may be in
+    /// another order: flows find their places again. Whoever else keeps one, keeps the device.
     pub queues: Vec<Arc<TunQueue>>,
     /// One for each worker. Whoever else keeps them open has what comes while no engine runs.
     pub sockets: Vec<Sockets>,

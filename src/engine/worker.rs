@@ -195,7 +195,7 @@ mod tests {
             admission::SourceCheck,
             counters::Drop,
             egress::FLUSH_PACKETS,
-            flows::Class,
+            flows::{Class, Moves},
             io::memory::{Incoming, Memory, Sent},
         },
         offload::{GsoKind, PartialChecksum, VirtioNetHdr},
@@ -354,6 +354,15 @@ mod tests {
             }
             assert!(Instant::now() < deadline, "{classes:?}");
         }
+        // What it has left in the other queue is read first, once.
+        leave(&mut worker, 2, 1);
+        assert!(worker.io().packets.sparse_first);
+        leave(&mut worker, 2, 1);
+        assert!(!worker.io().packets.sparse_first);
+        // There may be packets of it from before the worker's start.
+        worker.io().packets.moves = Moves::ToBulk;
+        leave(&mut worker, 2, 1);
+        assert_eq!(arrive(&mut worker, 3), Class::Bulk);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::{
 };
 
 use super::{DatagramSink, DatagramSource, InParts, Io, LocalSink, Packet, PacketSink, PacketSource, Parts, Ready};
-use crate::engine::flows::Class;
+use crate::engine::flows::{Class, Moves};
 
 /// A worker's surroundings.
 #[derive(Debug, Default)]
@@ -69,12 +69,17 @@ pub struct Packets {
     pub headers: bool,
     /// The class whose queue they come by.
     pub from: Class,
+    /// How flows can be moved.
+    pub moves: Moves,
+    /// Whether the last batch was to begin with what sparse flows have sent.
+    pub sparse_first: bool,
     arena: Vec<u8>,
     last: usize,
 }
 
 impl PacketSource for Packets {
-    fn start(&mut self, _sparse_first: bool) {
+    fn start(&mut self, sparse_first: bool) {
+        self.sparse_first = sparse_first;
         self.arena.clear();
         self.last = 0;
     }
@@ -98,6 +103,10 @@ impl PacketSource for Packets {
 
     fn forget(&mut self) {
         self.arena.truncate(self.last);
+    }
+
+    fn moves(&self) -> Moves {
+        self.moves
     }
 
     fn arena(&mut self) -> &mut [u8] {

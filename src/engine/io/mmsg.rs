@@ -362,6 +362,10 @@ mod tests {
         assert_eq!(batch(&mut packets), "b");
         packets.turns.wake(Class::Sparse);
         assert_eq!(batch(&mut packets), "s");
+        send(1, 1);
+        packets.turns.wake(Class::Bulk);
+        packets.turns.wake(Class::Sparse);
+        assert_eq!(batch(&mut packets), "sb");
     }
 
     #[test]

@@ -168,8 +168,9 @@ pub struct Packet {
 
 /// Packets from the device, in batches.
 pub trait PacketSource {
-    /// Starts a batch: the packets of the last one are spent. With `sparse_first`, whatever lies in the queue for sparse flows now
-    /// comes before anything of the other one.
+    /// Starts a batch: the packets of the last one are spent. With `sparse_first`, what lies in the queue for sparse flows now, up
+    /// to what a queue holds, comes before anything of the other one; a source with one queue, or in no certain order, has no use
+    /// for that.
     fn start(&mut self, sparse_first: bool);
 
     /// The next packet, of at most 64 KiB. It stays in the arena until the next batch.

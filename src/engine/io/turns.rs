@@ -11,16 +11,14 @@ pub(super) struct Turns {
     /// What may have packets, as far as is known.
     sparse_waits: bool,
     bulk_waits: bool,
-    /// How many packets of sparse flows come before all of bulk, at most: a queue holds no more.
-    sparse_first: u32,
-    /// Whether bulk comes first when it has been kept waiting for so many.
-    bulk_owed: bool,
+    /// Whether all that lies in the queue for sparse flows is read before more of bulk is.
+    drain: bool,
+    /// How many packets of sparse flows were read while bulk waited.
+    ahead: u32,
+    /// Whether this batch begins with bulk.
+    bulk_first: bool,
     /// How many packets of bulk there may be from before the worker's start.
     old: u32,
-    /// Whether this batch begins with bulk, since the one before had none of it.
-    bulk_due: bool,
-    /// Whether this batch has any.
-    bulk_read: bool,
 }
 
 impl Turns {
@@ -29,11 +27,10 @@ impl Turns {
         Self {
             sparse_waits: true,
             bulk_waits: two,
-            sparse_first: DEVICE_QUEUE,
-            bulk_owed: false,
+            drain: true,
+            ahead: 0,
+            bulk_first: false,
             old: if two { DEVICE_QUEUE } else { 0 },
-            bulk_due: false,
-            bulk_read: true,
         }
     }
 
@@ -42,23 +39,22 @@ impl Turns {
         *self.waits(class) = true;
     }
 
-    /// Begins a batch; with `sparse_first` whatever the queue for sparse flows holds now is read before more of bulk is.
+    /// Begins a batch; with `sparse_first` whatever the queue for sparse flows holds now is read before more of bulk is, up to what
+    /// a queue holds: a flood must not keep bulk waiting for ever. Bulk that had nothing of the batch before goes first otherwise.
     pub(super) fn start(&mut self, sparse_first: bool) {
-        self.bulk_due = self.bulk_waits && !self.bulk_read;
-        self.bulk_read = false;
-        // Not again and again, or a flood in the one queue would keep the other waiting for ever.
-        if sparse_first && self.sparse_first == 0 && !self.bulk_owed {
-            self.sparse_first = DEVICE_QUEUE;
-            self.sparse_waits = true;
+        self.drain |= sparse_first;
+        self.sparse_waits |= self.drain;
+        self.bulk_first = self.bulk_waits && self.ahead >= if self.drain { DEVICE_QUEUE } else { 1 };
+        if self.bulk_first {
+            self.drain = sparse_first;
         }
     }
 
     /// Which queue to read from, if any may have packets.
     #[inline]
     pub(super) fn next(&self) -> Option<Class> {
-        let bulk_first = self.sparse_first == 0 && (self.bulk_due || self.bulk_owed);
         match (self.sparse_waits, self.bulk_waits) {
-            (true, true) if bulk_first => Some(Class::Bulk),
+            (true, true) if self.bulk_first => Some(Class::Bulk),
             (true, _) => Some(Class::Sparse),
             (false, true) => Some(Class::Bulk),
             (false, false) => None,
@@ -69,14 +65,10 @@ impl Turns {
     #[inline]
     pub(super) fn read(&mut self, class: Class) {
         match class {
-            Class::Sparse if self.sparse_first > 0 => {
-                self.sparse_first -= 1;
-                self.bulk_owed = self.sparse_first == 0;
-            }
+            Class::Sparse if self.bulk_waits => self.ahead = self.ahead.saturating_add(1),
             Class::Sparse => {}
             Class::Bulk => {
-                self.bulk_read = true;
-                self.bulk_owed = false;
+                self.ahead = 0;
                 self.old = self.old.saturating_sub(1);
             }
         }
@@ -86,8 +78,8 @@ impl Turns {
     pub(super) fn emptied(&mut self, class: Class) {
         *self.waits(class) = false;
         match class {
-            Class::Sparse => self.sparse_first = 0,
-            Class::Bulk => (self.bulk_owed, self.old) = (false, 0),
+            Class::Sparse => self.drain = false,
+            Class::Bulk => (self.ahead, self.old) = (0, 0),
         }
     }
 
@@ -127,11 +119,13 @@ mod tests {
 
     #[test]
     fn sparse_flows_come_first_and_bulk_has_its_turn_in_a_flood_of_them_however_short_a_batch_is() {
-        let mut turns = Turns::new(true);
-        turns.emptied(Class::Bulk);
-        turns.emptied(Class::Sparse);
-        assert_eq!(turns.next(), None);
         for most in [1, 4, 64] {
+            let mut turns = Turns::new(true);
+            turns.emptied(Class::Bulk);
+            assert_eq!(flood(&mut turns, most, false), [most, 0]);
+            turns.emptied(Class::Sparse);
+            assert_eq!(turns.next(), None);
+            // Bulk was not kept waiting by the batch before: there was none.
             turns.wake(Class::Bulk);
             turns.wake(Class::Sparse);
             let batches: Vec<_> = (0..4).map(|_| flood(&mut turns, most, false)).collect();
@@ -141,13 +135,18 @@ mod tests {
 
     #[test]
     fn no_flood_keeps_bulk_waiting_for_more_than_a_queue_holds_though_flows_are_moved_all_the_time() {
-        let mut turns = Turns::new(true);
-        let holds = DEVICE_QUEUE as usize;
-        let mut waited = 0;
-        for _ in 0..1_000 {
-            let [sparse, bulk] = flood(&mut turns, 64, true);
-            waited = if bulk > 0 { 0 } else { waited + sparse };
-            assert!(waited < holds + 64, "{waited}");
+        for most in [1, 4, 64, 189] {
+            let mut turns = Turns::new(true);
+            let mut waited = 0;
+            let mut turns_of_bulk = 0;
+            for _ in 0..10_000 {
+                let [sparse, bulk] = flood(&mut turns, most, true);
+                assert!(sparse == 0 || bulk == 0);
+                waited = if bulk > 0 { 0 } else { waited + sparse };
+                turns_of_bulk += usize::from(bulk > 0);
+                assert!(waited < DEVICE_QUEUE as usize + most, "{waited} with {most} a batch");
+            }
+            assert!(turns_of_bulk > 5, "{turns_of_bulk} with {most} a batch");
         }
     }
 
@@ -155,6 +154,8 @@ mod tests {
     fn flows_are_not_taken_for_new_before_what_lay_in_the_queue_for_bulk_is_read() {
         let mut turns = Turns::new(true);
         assert_eq!(turns.moves(), Moves::ToBulk);
+        // And what lay in the other queue comes before it.
+        assert_eq!([(); 3].map(|()| flood(&mut turns, 64, false)), [[64, 0]; 3]);
         turns.emptied(Class::Sparse);
         (1..DEVICE_QUEUE).for_each(|_| turns.read(Class::Bulk));
         assert_eq!(turns.moves(), Moves::ToBulk);
