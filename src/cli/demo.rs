@@ -13,6 +13,7 @@ pub use overlay::DemoBackend;
 
 use super::DemoArgs;
 use crate::lab::{self, Container, Host, HostOptions, Interrupt, Lab, LabError, Ping, Process, Segment, SubnetEnv};
+use nix::sys::signal::Signal;
 use progress::Step;
 use report::PairResult;
 use std::{
@@ -28,6 +29,9 @@ use std::{
 
 /// How long etcd may take to come up, on a slow disk.
 const ETCD_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long a program may take to end after SIGTERM: flanneld removes its device.
+const GRACE: Duration = Duration::from_secs(2);
 
 /// How long a subcommand may take; it gives up on a registry that does not answer sooner by itself.
 const SUBCOMMAND_LIMIT: Duration = Duration::from_secs(15);
@@ -473,18 +477,26 @@ impl Demo {
         self.flanneld(&["leases", "list"])
     }
 
-    fn remove(self) -> Result<(), DemoError> {
-        let Demo {
-            etcd, mut nodes, lab, ..
-        } = self;
+    fn remove(mut self) -> Result<(), DemoError> {
         let step = Step::start("taking everything down");
-        // The lab asks all programs to end at once, so that they need not be waited for one after the other.
-        let id = lab.id().to_owned();
-        lab.remove()?;
-        nodes.clear();
-        drop(etcd);
+        // The lab would find those that are in its namespaces, and one that was just started is on its way there. All are told at
+        // once, so that they need not be waited for one after the other.
+        self.programs().for_each(|program| program.signal(Signal::SIGTERM));
+        for program in self.programs() {
+            if program.wait(GRACE).is_err() {
+                program.kill();
+            }
+        }
+        let id = self.lab.id().to_owned();
+        self.lab.remove()?;
         step.done(&format!("nothing is left of {id}"));
         Ok(())
+    }
+
+    /// The daemons, and etcd.
+    fn programs(&mut self) -> impl Iterator<Item = &mut Process> {
+        let daemons = self.nodes.iter_mut().filter_map(|node| node.daemon.as_mut());
+        daemons.chain(&mut self.etcd)
     }
 
     /// Leaves the lab up and says how to enter it.
@@ -507,12 +519,7 @@ The lab stays up; as root:
             registry = self.registry.join(" "),
             dir = dir.display(),
         )?;
-        let programs = self
-            .nodes
-            .iter_mut()
-            .filter_map(|node| node.daemon.as_mut())
-            .chain(&mut self.etcd);
-        programs.for_each(Process::detach);
+        self.programs().for_each(Process::detach);
         Ok(self.lab.keep()?)
     }
 }

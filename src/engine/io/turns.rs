@@ -40,7 +40,8 @@ impl Turns {
     }
 
     /// Begins a batch; with `sparse_first` whatever the queue for sparse flows holds now is read before more of bulk is, up to what
-    /// a queue holds: a flood must not keep bulk waiting for ever. Bulk that had nothing of the batch before goes first otherwise.
+    /// a queue holds: a flood must not keep bulk waiting for ever. Otherwise bulk goes first if it has waited for the whole batch
+    /// before.
     pub(super) fn start(&mut self, sparse_first: bool) {
         self.drain |= sparse_first;
         self.sparse_waits |= self.drain;
