@@ -9,7 +9,7 @@ use flannel::{
 };
 use lab::{
     CONFIG, Daemon, Overlay, PATIENCE, Registry, etcd::EtcdServer, flow::BothWays, inside, new_lab, not_tested,
-    tunnel_device,
+    plain_peer::free_subnet, tunnel_device,
 };
 use nix::sys::signal::Signal;
 use std::{
@@ -239,15 +239,14 @@ fn what_was_remembered_and_is_not_so_any_more_is_exchanged() {
     let ns = overlay.hosts[0].ns().clone();
     let ip = overlay.hosts[0].ip().to_string();
     // Another subnet, and then another network.
+    let reserved = free_subnet(&overlay);
     overlay.daemons[0].kill9();
-    overlay
-        .registry
-        .flanneld(&ns, &["leases", "reserve", "10.5.250.0/24", "--public-ip", &ip]);
-    let subnet = overlay.daemons[0].start_and_wait().subnet;
-    assert_eq!(subnet.trunc().to_string(), "10.5.250.0/24");
+    let reserve = ["leases", "reserve", &reserved.to_string(), "--public-ip", &ip];
+    overlay.registry.flanneld(&ns, &reserve);
+    assert_eq!(overlay.daemons[0].start_and_wait().subnet.trunc(), reserved);
     overlay.daemons[0].wait_for_log("begun with the subnet that was last known");
-    assert!(tunnel_device(&ns).contains("10.5.250.0/32"));
-    overlay.daemons[0].wait_until_state_has("10.5.250.0-24");
+    assert!(tunnel_device(&ns).contains(&format!("{}/32", reserved.network())));
+    overlay.daemons[0].wait_until_state_has(&reserved.to_string().replace('/', "-"));
     overlay.daemons[0].kill9();
     let other = r#"{"Network":"10.9.0.0/16"}"#;
     overlay.registry.flanneld(&ns, &["network", "set", other, "--force"]);

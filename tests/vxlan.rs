@@ -790,11 +790,8 @@ fn a_new_subnet_takes_the_place_of_the_old_one_on_the_device() {
     let index = ifindex(&ns, DEVICE);
     assert!(overlay.daemons[0].stop().success());
     delete_lease(&server, before);
-    let reserved = if before == other_subnet(7) {
-        other_subnet(8)
-    } else {
-        other_subnet(7)
-    };
+    let taken = [before, overlay.subnet(1)];
+    let reserved = (7..).map(other_subnet).find(|subnet| !taken.contains(subnet)).unwrap();
     let ip = overlay.hosts[0].ip().to_string();
     let reserve = ["leases", "reserve", &reserved.to_string(), "--public-ip", &ip];
     overlay.registry.flanneld(&ns, &reserve);
